@@ -1,0 +1,46 @@
+# make demo | test | bench | lint | gate | clean: each creates what it needs, once.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BUILD  ?= auto
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OUT    ?= runs/demo
+
+.PHONY: demo test test-slow bench lint gate gpu clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q --durations=5
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow -rP
+
+bench: $(STAMP)
+	FASTTRAIN_BENCH_OUT=$$($(BIN)/python -m bench.common) $(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# What can be known about the GPU kernels without a GPU: bytes counted, machine code read, time modelled.
+gate: $(STAMP)
+	$(BIN)/python -m bench.triton_gate_table --out bench/results/triton_gate.md
+
+# On a CUDA machine: the GPU tests and every benchmark, into a results file named after the GPU.
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
+	FASTTRAIN_BENCH_OUT=$$($(BIN)/python -m bench.common) $(BIN)/python -m pytest bench -q
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fasttrain/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
+
+# pip only when the pins, the metadata or the C++ changed.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel ninja pybind11
+	FASTTRAIN_BUILD=$(BUILD) $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch $@

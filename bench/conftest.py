@@ -1,0 +1,20 @@
+"""Prints the tables at the end of `pytest bench/`, and writes them when FASTTRAIN_BENCH_OUT names a results file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from bench.common import ROWS, markdown, write_results
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not ROWS:
+        return
+    terminalreporter.write_line(markdown(ROWS))
+    title = os.environ.get("FASTTRAIN_BENCH_OUT")
+    if title:
+        terminalreporter.write_line(f"\nwritten to {write_results(ROWS, title)}")

@@ -1,0 +1,222 @@
+// cross_entropy for CPUs: fasttrain::cross_entropy_{forward,fused,backward}. The schemas and the formula stand in
+// fasttrain/ops/cross_entropy.py; this file validates, allocates, and gives rows to threads.
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "half_types.h"
+#include "isa.h"
+
+namespace fasttrain {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Problem {
+  std::int64_t N, V, row_stride;  // logits (N, V), last dimension contiguous
+  const void* logits;
+  const std::int64_t* targets;  // (N,)
+  std::int64_t ignore_index;
+  double label_smoothing, z_loss, softcap;
+  double scale = 1;            // fused: the gradient is that of scale * sum(losses)
+  void* gradient = nullptr;    // (N, V) contiguous, the logits' type
+  bool stream = false;         // the gradient is larger than the caches
+  bool float64 = false;
+  void* losses = nullptr;      // (N,) float32, or float64 for float64 logits
+  double* lse = nullptr;             // (N,)
+  const void* row_scales = nullptr;  // backward: gradient of each row's loss
+  std::int64_t row_scales_stride = 0;
+
+  void set_row(std::int64_t row, double loss, double row_lse) const {
+    if (float64) static_cast<double*>(losses)[row] = loss;
+    else static_cast<float*>(losses)[row] = static_cast<float>(loss);
+    lse[row] = row_lse;
+  }
+  double row_scale(std::int64_t row) const {
+    const std::int64_t i = row * row_scales_stride;
+    return float64 ? static_cast<const double*>(row_scales)[i] : static_cast<const float*>(row_scales)[i];
+  }
+};
+
+enum class Pass { forward, fused, backward };
+
+}  // namespace
+}  // namespace fasttrain
+
+#include "simd_scalar.h"
+namespace fasttrain::scalar { namespace {
+#include "cross_entropy_rows.h"
+} }
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#include "simd_avx2.h"
+namespace fasttrain::avx2 { namespace {
+#include "cross_entropy_rows.h"
+} }
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "simd_avx512.h"
+namespace fasttrain::avx512 { namespace {
+#include "cross_entropy_rows.h"
+} }
+#pragma GCC pop_options
+#endif
+
+namespace fasttrain {
+namespace {
+
+template <class T>
+void run_row(Isa isa, const Problem& problem, Pass pass, std::int64_t row) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return avx512::run_row<avx512::Vec, T>(problem, pass, row);
+  if (isa == Isa::avx2) return avx2::run_row<avx2::Vec, T>(problem, pass, row);
+#endif
+  scalar::run_row<scalar::Vec, T>(problem, pass, row);
+}
+
+// Threads take rows one by one: ignored rows cost nothing, so equal shares would not be equal work.
+void run(const Problem& problem, Pass pass, ScalarType dtype) {
+  const Isa isa = current_isa();
+  std::atomic<std::int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+  const std::int64_t threads = std::min<std::int64_t>(torch::stable::get_num_threads(), std::max<std::int64_t>(problem.N, 1));
+  torch::stable::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      for (std::int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < problem.N;) {
+        try {  // an exception must not leave the parallel region
+          switch (dtype) {
+            case ScalarType::Float: run_row<float>(isa, problem, pass, row); break;
+            case ScalarType::BFloat16: run_row<bfloat16>(isa, problem, pass, row); break;
+            case ScalarType::Half: run_row<float16>(isa, problem, pass, row); break;
+            default: scalar::run_row<scalar::VecF64, double>(problem, pass, row);
+          }
+        } catch (const std::bad_alloc&) {
+          out_of_memory = true;
+        }
+      }
+    }
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // streaming stores are weakly ordered
+  });
+  STD_TORCH_CHECK(!out_of_memory, "cross_entropy: no memory for one row of ", problem.V, " values per thread");
+}
+
+Problem make_problem(const Tensor& logits, const Tensor& targets, std::int64_t ignore_index, double label_smoothing,
+                     double z_loss, double softcap) {
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(logits.dim() == 2, "cross_entropy: logits must be (N, V), got ", logits.dim(), " dimensions");
+  STD_TORCH_CHECK(targets.dim() == 1 && targets.size(0) == logits.size(0), "cross_entropy: targets must be (N,)");
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous(),
+                  "cross_entropy: targets must be contiguous int64");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                      dtype == ScalarType::Double, "cross_entropy: logits must be float32, bfloat16, float16 or float64");
+  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, "cross_entropy: logits' last dimension must be contiguous");
+  Problem p{};
+  p.N = logits.size(0);
+  p.V = logits.size(1);
+  p.row_stride = logits.stride(0);
+  p.logits = logits.const_data_ptr();
+  p.targets = targets.const_data_ptr<std::int64_t>();
+  p.ignore_index = ignore_index;
+  p.label_smoothing = label_smoothing;
+  p.z_loss = z_loss;
+  p.softcap = softcap;
+  p.float64 = dtype == ScalarType::Double;
+  for (std::int64_t row = 0; row < p.N; ++row) {
+    const std::int64_t y = p.targets[row];
+    STD_TORCH_CHECK(y == ignore_index || (y >= 0 && y < p.V), "cross_entropy: targets[", row, "] is ", y,
+                    ", which is neither ignore_index (", ignore_index, ") nor in [0, ", p.V, ")");
+  }
+  return p;
+}
+
+// A fresh large tensor is page-faulted in on first touch: 4 KiB at a time costs more than the arithmetic.
+Tensor empty_gradient(const Tensor& logits) {
+  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  constexpr std::uintptr_t kHugePage = 2u << 20;
+  const std::uintptr_t bytes = static_cast<std::uintptr_t>(gradient.numel()) * gradient.element_size();
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(gradient.mutable_data_ptr());
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = (begin + bytes) / kHugePage * kHugePage;
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= 2 * kHugePage && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return gradient;
+}
+
+bool larger_than_caches(const Tensor& t) { return t.numel() * static_cast<std::int64_t>(t.element_size()) >= (8 << 20); }
+
+std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& targets, std::int64_t ignore_index,
+                                                 double label_smoothing, double z_loss, double softcap) {
+  Problem p = make_problem(logits, targets, ignore_index, label_smoothing, z_loss, softcap);
+  const ScalarType out = p.float64 ? ScalarType::Double : ScalarType::Float;
+  Tensor losses = torch::stable::new_empty(logits, {p.N}, out), lse = torch::stable::new_empty(logits, {p.N}, ScalarType::Double);
+  p.losses = losses.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr<double>();
+  run(p, Pass::forward, logits.scalar_type());
+  return {losses, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused(const Tensor& logits, const Tensor& targets, const Tensor& scale,
+                                                       std::int64_t ignore_index, double label_smoothing, double z_loss,
+                                                       double softcap) {
+  Problem p = make_problem(logits, targets, ignore_index, label_smoothing, z_loss, softcap);
+  const ScalarType out = p.float64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == out, "cross_entropy: scale must be one value of the loss's type");
+  p.scale = p.float64 ? *scale.const_data_ptr<double>() : *scale.const_data_ptr<float>();
+  Tensor losses = torch::stable::new_empty(logits, {p.N}, out), lse = torch::stable::new_empty(logits, {p.N}, ScalarType::Double);
+  Tensor gradient = empty_gradient(logits);
+  p.losses = losses.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr<double>();
+  p.gradient = gradient.mutable_data_ptr();
+  p.stream = larger_than_caches(gradient);
+  run(p, Pass::fused, logits.scalar_type());
+  return {losses, lse, gradient};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_losses, const Tensor& logits, const Tensor& targets, const Tensor& lse,
+                              std::int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+  Problem p = make_problem(logits, targets, ignore_index, label_smoothing, z_loss, softcap);
+  const ScalarType out = p.float64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(grad_losses.dim() == 1 && grad_losses.size(0) == p.N && grad_losses.scalar_type() == out,
+                  "cross_entropy: grad_losses must be (N,) of the loss's type");
+  STD_TORCH_CHECK(lse.dim() == 1 && lse.size(0) == p.N && lse.scalar_type() == ScalarType::Double && lse.is_contiguous(),
+                  "cross_entropy: lse must be (N,) as the forward returned it");
+  Tensor gradient = empty_gradient(logits);
+  p.lse = static_cast<double*>(lse.data_ptr());
+  p.row_scales = grad_losses.const_data_ptr();
+  p.row_scales_stride = grad_losses.stride(0);
+  p.gradient = gradient.mutable_data_ptr();
+  p.stream = larger_than_caches(gradient);
+  run(p, Pass::backward, logits.scalar_type());
+  return gradient;
+}
+
+}  // namespace
+}  // namespace fasttrain
+
+STABLE_TORCH_LIBRARY_IMPL(fasttrain, CPU, m) {
+  m.impl("cross_entropy_forward", TORCH_BOX(&fasttrain::cross_entropy_forward));
+  m.impl("cross_entropy_fused", TORCH_BOX(&fasttrain::cross_entropy_fused));
+  m.impl("cross_entropy_backward", TORCH_BOX(&fasttrain::cross_entropy_backward));
+}

@@ -1,0 +1,290 @@
+// The row kernels of cross_entropy, written once over `Vec` and compiled once per instruction set: this file is
+// included inside namespaces fasttrain::{scalar,avx2,avx512} and therefore has no include guard.
+//
+// A row is read from memory once. It is walked in blocks that fit the first-level cache; each block is exponentiated
+// against the running maximum of its time, the results stay in a row-sized scratch (second-level cache), and the
+// change of reference is one factor per block when the gradient is written. The gradient leaves by streaming stores,
+// which do not read the line they replace.
+
+constexpr std::int64_t kBlock = 2048;
+
+struct Scratch {
+  void* exps = nullptr;           // one row of Real
+  std::vector<double> reference;  // per block: the maximum its exponentials were taken against
+  std::size_t bytes = 0;
+  ~Scratch() { std::free(exps); }
+  template <class Real>
+  Real* row(std::int64_t V) {
+    const std::size_t want = static_cast<std::size_t>(V + 64) * sizeof(Real);
+    if (want > bytes) {
+      std::free(exps);
+      bytes = 0;
+      exps = std::aligned_alloc(64, (want + 63) / 64 * 64);
+      if (exps == nullptr) throw std::bad_alloc();
+      bytes = want;
+    }
+    reference.resize(static_cast<std::size_t>(V / kBlock + 2));
+    return static_cast<Real*>(exps);
+  }
+};
+
+template <class V>
+struct Softcap {
+  using real = typename V::real;
+  V cap, inverse;
+  explicit Softcap(double c) : cap(V::set(static_cast<real>(c))), inverse(V::set(static_cast<real>(c > 0 ? 1.0 / c : 0))) {}
+  V apply(V x) const { return cap * (x * inverse).tanh(); }
+  V slope(V x) const { const V t = (x * inverse).tanh(); return V::set(1) - t * t; }  // d apply / dx
+};
+
+// exp for arguments that are at most 0 up to rounding.
+template <class V>
+inline V exp_of(V x) { return (x * V::set(static_cast<typename V::real>(1.4426950408889634074))).exp2_nonpositive(); }
+
+// f(offset, count): whole vectors, then one partial vector.
+template <class V, class F>
+inline void for_vectors(std::int64_t begin, std::int64_t end, F&& f) {
+  std::int64_t i = begin;
+  for (; i + V::width <= end; i += V::width) f(i, V::width);
+  if (i < end) f(i, static_cast<int>(end - i));
+}
+
+template <class V, class T>
+inline V load_n(const T* p, int n, typename V::real fill) { return n == V::width ? V::load(p) : V::load_part(p, n, fill); }
+
+// Stores may be streamed only from an aligned address; the first `peel` elements of the row get it there.
+template <class V, class T>
+inline std::int64_t peel_to_alignment(const T* p, std::int64_t count) {
+  constexpr std::size_t bytes = V::width * sizeof(T);
+  const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(p) % bytes;
+  return misaligned == 0 ? 0 : std::min<std::int64_t>(count, static_cast<std::int64_t>((bytes - misaligned) / sizeof(T)));
+}
+
+struct RowStats {
+  double max;       // of the capped logits
+  double sum_rest;  // sum of exp(x - max) over every class but the target
+  double sum_x;     // sum of the capped logits (label smoothing only)
+};
+
+// One block of a row: its exponentials against `ref`, kept if asked for, and their sum.
+template <class V, bool kSoftcap, bool kSum, bool kKeep, class T>
+struct BlockSums {
+  using real = typename V::real;
+  const T* x;
+  real* exps;
+  const Softcap<V>& softcap;
+  double sum_exp = 0, sum_x = 0;
+
+  void add(std::int64_t begin, std::int64_t end, real ref) {
+    const V vref = V::set(ref);
+    V total0 = V::set(0), total1 = V::set(0), plain = V::set(0);
+    std::int64_t i = begin;
+    for (; i + 2 * V::width <= end; i += 2 * V::width) {
+      for (std::size_t line = 0; line < 2 * V::width * sizeof(T); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i + 2 * kBlock) + line);
+      V a = V::load(x + i), b = V::load(x + i + V::width);
+      if (kSoftcap) { a = softcap.apply(a); b = softcap.apply(b); }
+      if (kSum) plain = plain + (a + b);
+      a = exp_of(a - vref);
+      b = exp_of(b - vref);
+      if (kKeep) { a.store(exps + i); b.store(exps + i + V::width); }
+      total0 = total0 + a;
+      total1 = total1 + b;
+    }
+    for_vectors<V>(i, end, [&](std::int64_t j, int k) {
+      V a = load_n<V>(x + j, k, real(0));
+      if (kSoftcap) a = softcap.apply(a);
+      const V e = exp_of(a - vref);
+      if (kKeep) { if (k == V::width) e.store(exps + j); else e.store_part(exps + j, k); }
+      if (k == V::width) { total0 = total0 + e; if (kSum) plain = plain + a; return; }
+      real lanes[V::width], values[V::width];  // the lanes past the end must stay out of both sums
+      e.store(lanes);
+      a.store(values);
+      for (int l = 0; l < k; ++l) { sum_exp += lanes[l]; if (kSum) sum_x += values[l]; }
+    });
+    sum_exp += static_cast<double>((total0 + total1).sum());
+    if (kSum) sum_x += static_cast<double>(plain.sum());
+  }
+};
+
+template <class V, class T>
+typename V::real block_maximum(const T* x, std::int64_t begin, std::int64_t end) {
+  const V lowest = V::set(-std::numeric_limits<typename V::real>::infinity());
+  V top0 = lowest, top1 = lowest;
+  std::int64_t i = begin;
+  for (; i + 2 * V::width <= end; i += 2 * V::width) {
+    top0 = V::max(top0, V::load(x + i));
+    top1 = V::max(top1, V::load(x + i + V::width));
+  }
+  for_vectors<V>(i, end, [&](std::int64_t j, int k) {
+    top0 = V::max(top0, load_n<V>(x + j, k, -std::numeric_limits<typename V::real>::infinity()));
+  });
+  return V::max(top0, top1).max();
+}
+
+// The first (and only) read of a row. With `exps` it leaves exp(x - reference[block]) there. The target y is summed by
+// nobody: 1 - p_y is then sum_rest / (sum_rest + e_y), without the cancellation that costs a sure model its digits.
+template <class V, bool kSoftcap, bool kSum, bool kKeep, class T>
+RowStats reduce_row(const T* x, std::int64_t n, std::int64_t y, std::int64_t peel, const Softcap<V>& softcap,
+                    typename V::real* exps, double* reference) {
+  using real = typename V::real;
+  constexpr real kLowest = -std::numeric_limits<real>::infinity();
+  real running_max = kLowest;
+  BlockSums<V, kSoftcap, kSum, kKeep, T> sums{x, exps, softcap};
+  std::int64_t block = 0;
+  for (std::int64_t begin = 0; begin < n; ++block) {
+    const std::int64_t end = std::min(n, (begin == 0 ? peel : begin) + kBlock);
+    real block_max = block_maximum<V>(x, begin, end);
+    if (kSoftcap) block_max = softcap.apply(V::set(block_max)).first();  // monotonic: the cap of the maximum
+    const real previous = running_max;
+    running_max = block_max > running_max ? block_max : running_max;
+    if (running_max != previous && sums.sum_exp != 0) sums.sum_exp *= std::exp(double(previous) - running_max);
+    // All -inf so far: any finite reference gives zeros; -inf itself would give NaN.
+    const real ref = running_max == kLowest ? real(0) : running_max;
+    if (kKeep) reference[block] = running_max == kLowest ? kLowest : ref;  // -inf: a factor of 0, whatever lse is
+    if (y >= begin && y < end) {
+      sums.add(begin, y, ref);
+      sums.add(y + 1, end, ref);
+    } else {
+      sums.add(begin, end, ref);
+    }
+    begin = end;
+  }
+  return {double(running_max), sums.sum_exp, sums.sum_x};
+}
+
+template <class V, bool kSoftcap, bool kStream, bool kFromExps, class T>
+void write_gradient(T* g, const T* x, std::int64_t n, std::int64_t peel, const Softcap<V>& softcap,
+                    const typename V::real* exps, const double* reference, double lse, double scale, double shift) {
+  // g = (scale * p - shift) * slope; p = exps * exp(reference - lse), or exp(x - lse) where the row is read again.
+  using real = typename V::real;
+  std::int64_t block = 0;
+  const V vshift = V::set(static_cast<real>(shift)), vlse = V::set(static_cast<real>(lse));
+  for (std::int64_t begin = 0; begin < n; ++block) {
+    const std::int64_t end = std::min(n, (begin == 0 ? peel : begin) + kBlock);
+    const V factor = V::set(static_cast<real>(kFromExps ? scale * std::exp(reference[block] - lse) : scale));
+    auto value = [&](std::int64_t i, int k) {
+      V p = V::set(0), logit = V::set(0);
+      if constexpr (kSoftcap || !kFromExps) logit = load_n<V>(x + i, k, real(0));
+      if constexpr (kFromExps) p = load_n<V>(exps + i, k, real(0));
+      else p = exp_of((kSoftcap ? softcap.apply(logit) : logit) - vlse);
+      V out = p * factor - vshift;
+      if constexpr (kSoftcap) out = out * softcap.slope(logit);
+      return out;
+    };
+    std::int64_t i = begin;
+    if (begin == 0 && peel > 0) {
+      for_vectors<V>(0, peel, [&](std::int64_t j, int k) { value(j, k).store_part(g + j, k); });
+      i = peel;
+    }
+    for (; i + V::width <= end; i += V::width) {
+      if (kStream) value(i, V::width).stream(g + i);
+      else value(i, V::width).store(g + i);
+    }
+    if (i < end) value(i, static_cast<int>(end - i)).store_part(g + i, static_cast<int>(end - i));
+    begin = end;
+  }
+}
+
+template <class T>
+inline double element(const T* p) {
+  if constexpr (std::is_floating_point_v<T>) return *p;
+  else return to_float(*p);
+}
+template <class T>
+inline T element_from(double x) {
+  if constexpr (std::is_floating_point_v<T>) return static_cast<T>(x);
+  else if constexpr (std::is_same_v<T, bfloat16>) return to_bfloat16(static_cast<float>(x));
+  else return to_float16(static_cast<float>(x));
+}
+
+template <class V, bool kSoftcap, class T>
+struct RowKernel {
+  const Problem& problem;
+  Softcap<V> softcap;
+  explicit RowKernel(const Problem& p) : problem(p), softcap(p.softcap) {}
+
+  // By the same instructions as in the sums, so that one class alone costs exactly 0.
+  double capped(const T* x) const {
+    if constexpr (!kSoftcap) return element(x);
+    else return static_cast<double>(softcap.apply(V::load_part(x, 1, 0)).first());
+  }
+
+  // gap = x_y - lse <= 0 and rest = 1 - p_y come from the caller, each as exact as it can have them.
+  double loss(double lse, double gap, double sum) const {
+    const double smoothing = problem.label_smoothing;
+    double value = (1 - smoothing) * -gap + problem.z_loss * lse * lse;
+    if (smoothing > 0) value += smoothing * (lse - sum / static_cast<double>(problem.V));
+    return value;
+  }
+
+  void patch_target(T* g, const T* x, std::int64_t y, double lse, double rest, double scale) const {
+    const double smoothing = problem.label_smoothing;
+    double value = -rest + 2 * problem.z_loss * lse * (1 - rest) + smoothing - smoothing / static_cast<double>(problem.V);
+    if (kSoftcap) { const double t = std::tanh(element(x + y) / problem.softcap); value *= 1 - t * t; }
+    g[y] = element_from<T>(scale * value);
+  }
+
+  template <bool kGradient>
+  void forward(std::int64_t row, Scratch& scratch) const {
+    using real = typename V::real;
+    const std::int64_t n = problem.V, y = problem.targets[row];
+    T* g = kGradient ? static_cast<T*>(problem.gradient) + row * n : nullptr;
+    if (y == problem.ignore_index) {
+      problem.set_row(row, 0.0, 0.0);
+      if (kGradient) std::memset(static_cast<void*>(g), 0, n * sizeof(T));
+      return;
+    }
+    const T* x = static_cast<const T*>(problem.logits) + row * problem.row_stride;
+    const std::int64_t peel = kGradient && problem.stream ? peel_to_alignment<V>(g, n) : 0;
+    real* exps = kGradient ? scratch.row<real>(n) : nullptr;
+    double* reference = kGradient ? scratch.reference.data() : nullptr;
+    const RowStats stats = problem.label_smoothing > 0
+        ? reduce_row<V, kSoftcap, true, kGradient>(x, n, y, peel, softcap, exps, reference)
+        : reduce_row<V, kSoftcap, false, kGradient>(x, n, y, peel, softcap, exps, reference);
+    // NaN for a row that is all -inf, +inf somewhere, or NaN somewhere, as the formula gives it.
+    const double x_y = capped(x + y), e_y = std::exp(x_y - stats.max), total = stats.sum_rest + e_y;
+    const double lse = stats.max + std::log(total);
+    const double gap = x_y == stats.max ? -std::log1p(stats.sum_rest) : x_y - lse;
+    problem.set_row(row, loss(lse, gap, stats.sum_x + (problem.label_smoothing > 0 ? x_y : 0)), lse);
+    if (!kGradient) return;
+    const double scale = problem.scale * (1 + 2 * problem.z_loss * lse);
+    const double shift = problem.scale * problem.label_smoothing / static_cast<double>(n);
+    if (problem.stream)
+      write_gradient<V, kSoftcap, true, true>(g, x, n, peel, softcap, exps, reference, lse, scale, shift);
+    else
+      write_gradient<V, kSoftcap, false, true>(g, x, n, peel, softcap, exps, reference, lse, scale, shift);
+    patch_target(g, x, y, lse, stats.sum_rest / total, problem.scale);
+  }
+
+  void backward(std::int64_t row) const {
+    const std::int64_t n = problem.V, y = problem.targets[row];
+    T* g = static_cast<T*>(problem.gradient) + row * n;
+    if (y == problem.ignore_index) {
+      std::memset(static_cast<void*>(g), 0, n * sizeof(T));
+      return;
+    }
+    const T* x = static_cast<const T*>(problem.logits) + row * problem.row_stride;
+    const double lse = problem.lse[row], row_scale = problem.row_scale(row);
+    const std::int64_t peel = problem.stream ? peel_to_alignment<V>(g, n) : 0;
+    const double scale = row_scale * (1 + 2 * problem.z_loss * lse);
+    const double shift = row_scale * problem.label_smoothing / static_cast<double>(n);
+    if (problem.stream)
+      write_gradient<V, kSoftcap, true, false>(g, x, n, peel, softcap, nullptr, nullptr, lse, scale, shift);
+    else
+      write_gradient<V, kSoftcap, false, false>(g, x, n, peel, softcap, nullptr, nullptr, lse, scale, shift);
+    patch_target(g, x, y, lse, -std::expm1(capped(x + y) - lse), row_scale);
+  }
+};
+
+template <class V, class T>
+void run_row(const Problem& problem, Pass pass, std::int64_t row) {
+  static thread_local Scratch scratch;  // one row; kept, since a fresh one costs its page faults again
+  auto run = [&](const auto& kernel) {
+    if (pass == Pass::forward) kernel.template forward<false>(row, scratch);
+    else if (pass == Pass::fused) kernel.template forward<true>(row, scratch);
+    else kernel.backward(row);
+  };
+  if (problem.softcap > 0) run(RowKernel<V, true, T>(problem));
+  else run(RowKernel<V, false, T>(problem));
+}

@@ -1,0 +1,16 @@
+// The Python module fasttrain._C. Importing it registers the tensor ops (static initialisers of the op files); the
+// objects with state are bound here.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "isa.h"
+#include "stop_matcher.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled parts of fasttrain: tensor ops in torch.ops.fasttrain, and stateful objects here.";
+  m.def("isa", [] { return fasttrain::isa_name(fasttrain::current_isa()); }, "The instruction set in use.");
+  m.def("available_isas", &fasttrain::available_isas, "Instruction sets this CPU can run, slowest first.");
+  m.def("set_isa", &fasttrain::set_isa, "Use another instruction set: scalar, avx2 or avx512.");
+  bind_stop_matcher(m);
+}

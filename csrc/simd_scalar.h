@@ -1,0 +1,52 @@
+// One lane: the baseline of every kernel, and the only one for float64.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "half_types.h"
+
+namespace fasttrain::scalar {
+
+template <class Real>
+struct OneLane {
+  using real = Real;
+  static constexpr int width = 1;
+  Real v;
+
+  static OneLane set(Real x) { return {x}; }
+  static OneLane load(const float* p) { return {static_cast<Real>(*p)}; }
+  static OneLane load(const double* p) { return {static_cast<Real>(*p)}; }
+  static OneLane load(const bfloat16* p) { return {static_cast<Real>(to_float(*p))}; }
+  static OneLane load(const float16* p) { return {static_cast<Real>(to_float(*p))}; }
+  template <class T>
+  static OneLane load_part(const T* p, int n, Real fill) { return n > 0 ? load(p) : set(fill); }
+
+  void store(float* p) const { *p = static_cast<float>(v); }
+  void store(double* p) const { *p = static_cast<double>(v); }
+  void store(bfloat16* p) const { *p = to_bfloat16(static_cast<float>(v)); }
+  void store(float16* p) const { *p = to_float16(static_cast<float>(v)); }
+  template <class T>
+  void stream(T* p) const { store(p); }
+  template <class T>
+  void store_part(T* p, int n) const { if (n > 0) store(p); }
+
+  friend OneLane operator+(OneLane a, OneLane b) { return {a.v + b.v}; }
+  friend OneLane operator-(OneLane a, OneLane b) { return {a.v - b.v}; }
+  friend OneLane operator*(OneLane a, OneLane b) { return {a.v * b.v}; }
+  friend OneLane operator/(OneLane a, OneLane b) { return {a.v / b.v}; }
+  static OneLane fma(OneLane a, OneLane b, OneLane c) { return {a.v * b.v + c.v}; }
+  static OneLane max(OneLane a, OneLane b) { return {a.v > b.v ? a.v : b.v}; }
+  OneLane exp() const { return {std::exp(v)}; }
+  OneLane exp2_nonpositive() const { return {std::exp2(v)}; }
+  OneLane tanh() const { return {std::tanh(v)}; }
+  Real first() const { return v; }
+  Real sum() const { return v; }
+  Real max() const { return v; }
+};
+
+using Vec = OneLane<float>;
+using VecF64 = OneLane<double>;
+
+}  // namespace fasttrain::scalar

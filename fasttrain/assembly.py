@@ -1,0 +1,198 @@
+"""How a Trainer's missing parts are derived from the config, and the checks that the given ones fit together.
+
+Plain functions without state; each error names what was given, the rule and the way out. Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .config import TrainConfig, to_dict
+from .ops.adamw import AdamW
+from .tokenization import Tokenizer, as_tokenizer
+from .utils import device_of, format_count
+
+
+def place_model(model: nn.Module) -> tuple[nn.Module, torch.device]:
+    """The model on the GPU, if there is one and the model is still on the CPU; parameters stay the same objects, so an
+    optimizer made before stays valid."""
+    device = device_of(model)
+    if device.type == "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        model.to(device)
+    return model, device
+
+
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """PyTorch raises inside where an operation has no deterministic version; afterwards the old setting holds."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters that require a gradient, each once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: there is nothing to train")
+    return trainable
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW with weight decay on matrices and none on vectors (norm gains, biases)."""
+    trainable = trainable_parameters(model)
+    groups = [
+        {"params": [p for _, p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas,
+                 state_dtype=config.optimizer_state_dtype)
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Refuses an optimizer that would update something else than the model, or a scheduler that drives another one.
+
+    Raises:
+        ValueError: the first parameter that the optimizer lacks, or whose parameters are not the model's.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in trainable_parameters(model) if id(p) not in held]
+    if missing:
+        raise ValueError(f"the optimizer does not hold {len(missing)} of the model's trainable parameters, the first "
+                         f"being {missing[0]!r}; build it from this model's parameters(), after any change of it, or "
+                         "freeze what it should not train with requires_grad_(False)")
+    own = {id(p) for p in model.parameters()}
+    if not held <= own:
+        raise ValueError(f"the optimizer holds {len(held - own)} tensors that are not the model's parameters; build it "
+                         "from this model's parameters()")
+    driven = getattr(scheduler, "optimizer", optimizer)
+    if driven is not optimizer:
+        raise ValueError(f"the scheduler ({type(scheduler).__name__}) drives another optimizer than the one passed; "
+                         "build it from that one")
+
+
+def resolve_accumulation(config: TrainConfig, loader: Iterable[Any]) -> TrainConfig:
+    """The config with grad_accum_steps derived from global_batch_size, where that is given."""
+    if not config.global_batch_size:
+        return config
+    batch_size = getattr(loader, "batch_size", None)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"TrainConfig.global_batch_size is {config.global_batch_size}, but {type(loader).__name__} "
+                         "has no batch_size to derive the micro-batches from; set grad_accum_steps instead")
+    if config.global_batch_size % batch_size:
+        raise ValueError(f"TrainConfig.global_batch_size is {config.global_batch_size}; it must be a multiple of the "
+                         f"loader's batch_size={batch_size}")
+    micro_batches = config.global_batch_size // batch_size
+    return dataclasses.replace(config, global_batch_size=0, grad_accum_steps=micro_batches)
+
+
+def planned_steps(config: TrainConfig, loader: Iterable[Any]) -> int | None:
+    """How many optimizer steps the limits amount to, or None where that cannot be known beforehand.
+
+    Expects a config from `resolve_accumulation`.
+    """
+    bounds = [config.max_steps] if config.max_steps else []
+    try:
+        num_batches = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        num_batches = 0
+    if config.max_epochs and num_batches:
+        # Windows run across epoch ends; only the very last one can be short.
+        bounds.append(math.ceil(config.max_epochs * num_batches / config.grad_accum_steps))
+    tokens = tokens_per_step(config, loader)
+    if config.max_tokens and tokens:
+        bounds.append(math.ceil(config.max_tokens / tokens))
+    return min(bounds) if bounds else None
+
+
+def tokens_per_step(config: TrainConfig, loader: Iterable[Any]) -> int | None:
+    """Targets of a full step, where the loader says its batch size and sequence length."""
+    batch_size, length = getattr(loader, "batch_size", None), getattr(getattr(loader, "dataset", None), "seq_len", None)
+    return batch_size * length * config.grad_accum_steps if batch_size and length else None
+
+
+def check_limits(config: TrainConfig) -> None:
+    """Refuses a run that would never end."""
+    if not (config.max_steps or config.max_epochs or config.max_tokens or config.max_seconds):
+        raise ValueError("TrainConfig sets no limit, so training would never end; set max_steps, max_epochs, "
+                         "max_tokens or max_seconds")
+
+
+def find_tokenizer(given: Any, loader: Any, model: nn.Module) -> Tokenizer | None:
+    """The argument, else the training data's, else the model's."""
+    for candidate in (given, getattr(getattr(loader, "dataset", None), "tokenizer", None),
+                      getattr(model, "tokenizer", None)):
+        if candidate is not None:
+            return as_tokenizer(candidate)
+    return None
+
+
+def config_changes(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """'lr: 0.001 -> 0.0005' for every field that differs from the checkpoint's."""
+    now = to_dict(config)
+    return [f"{name}: {saved[name]!r} -> {value!r}" for name, value in now.items()
+            if name in saved and saved[name] != value]
+
+
+def adopt_hyperparameters(optimizer: Optimizer, scheduler: LRScheduler | None, saved: Mapping[str, Any],
+                          config: TrainConfig) -> None:
+    """After a resume: what the user changed in the config wins over what the restored optimizer remembers.
+
+    Only for an optimizer and scheduler that were built from the config; the learning rate is re-anchored, so that the
+    schedule goes on from its present place with the new peak.
+    """
+    for group in optimizer.param_groups:
+        if saved.get("betas") != list(config.betas):
+            group["betas"] = config.betas
+        if saved.get("weight_decay") != config.weight_decay and group["weight_decay"]:
+            group["weight_decay"] = config.weight_decay
+    if saved.get("lr") != config.lr and scheduler is not None and saved.get("lr"):
+        ratio = config.lr / saved["lr"]
+        scheduler.base_lrs = [base * ratio for base in scheduler.base_lrs]
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group.get("initial_lr", group["lr"]) * ratio
+            group["lr"] = group["lr"] * ratio
+
+
+def model_config_of(model: nn.Module) -> Any:
+    """The model's own config as JSON-ready data, if it has one in a form that can be written down."""
+    config = getattr(model, "config", None)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    to_json = getattr(config, "to_dict", None)
+    return to_json() if callable(to_json) else None
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """'10.8 M' or '10.8 M, 1.2 M of them trained'."""
+    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    return format_count(total) + ("" if trained == total else f", {format_count(trained)} of them trained")
+
+
+def size_of(trees: Any) -> int:
+    """Bytes of all tensors in a tree."""
+    if isinstance(trees, torch.Tensor):
+        return trees.numel() * trees.element_size()
+    if isinstance(trees, Mapping):
+        return sum(map(size_of, trees.values()))
+    if isinstance(trees, Sequence) and not isinstance(trees, (str, bytes)):
+        return sum(map(size_of, trees))
+    return 0

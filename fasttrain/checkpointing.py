@@ -1,0 +1,370 @@
+"""Checkpoints: directories of verified files that a crash, a full disk or a flipped bit cannot turn into wrong weights.
+
+`step-00000100/` holds, for each named tree, `<name>.json` and `<name>.safetensors`, and last `manifest.json` with every
+size and SHA-256. It is built in a private directory, each file fsynced, and becomes visible by one rename. There is no
+`latest` pointer to tear: the newest step that verifies is the latest. Loading hashes first and returns afterwards;
+tensors are mapped from the file, so that no second copy of a model is made. No pickle anywhere.
+Deliberately left out: what a training run consists of (state.py) and when to save (training_loop.py). One writer at a
+time is the caller's choice: hold `lock_directory(root)` for the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import math
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    is_tree_name,
+    open_manifest,
+    parse_step_name,
+    seal_manifest,
+    step_directory_name,
+)
+from fasttrain.storage import (
+    CheckpointSpaceError,
+    DirectoryInUseError,
+    collect_orphans,
+    lock_directory,
+    make_directory,
+    open_directory,
+    open_regular,
+    private_directory,
+    read_all,
+    require_space,
+    retire,
+    sync_directory,
+    write_file,
+)
+from fasttrain.tensorfile import layout
+from fasttrain.treefiles import describe, naming_file, read_tree, write_tree
+from fasttrain.trees import (
+    JSON,
+    MAX_JSON_BYTES,
+    Tree,
+    dump_json,
+    flatten_tree,
+    iter_tensors,
+    parse_json,
+    transform_tensors,
+)
+
+__all__ = [
+    "CheckpointError", "CheckpointSpaceError", "DirectoryInUseError", "Manifest", "Snapshot", "latest_checkpoint",
+    "list_checkpoints", "load_checkpoint", "load_into", "lock_directory", "prune_checkpoints", "read_manifest",
+    "save_checkpoint", "snapshot_trees", "verify_checkpoint", "write_snapshot",
+]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, incomplete or hostile; nothing of it was used."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Trees ready to be written: JSON text and tensors by tree name."""
+
+    trees: Mapping[str, tuple[bytes, Mapping[str, Tensor]]]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the files hold, less headers and manifest."""
+        return sum(len(text) + sum(t.numel() * t.element_size() for t in tensors.values())
+                   for text, tensors in self.trees.values())
+
+
+def save_checkpoint(root: Path | str, step: int, trees: Mapping[str, Tree], *, metadata: Mapping[str, JSON]) -> Path:
+    """Writes `root/step-NNNNNNNN` durably and returns its path; the trees are read until it returns.
+
+    A step that exists is replaced: the old directory is first renamed to `step-NNNNNNNN~`, which every reader here
+    knows, so that there is a good one at each instant. Any error leaves the earlier checkpoints as they were and
+    removes the private files. Dead processes' leftovers in `root` are collected first.
+
+    Raises:
+        TypeError, ValueError: a value that is not plain data (names its place), a bad tree name or step.
+        CheckpointSpaceError: an OSError; too little room, found before writing or while writing.
+        OSError: anything else the file system says.
+    """
+    return write_snapshot(root, step, snapshot_trees(trees), metadata=metadata)
+
+
+def snapshot_trees(trees: Mapping[str, Tree], *, copy: bool = False) -> Snapshot:
+    """Takes everything but the tensors' bytes; with `copy` these too (to CPU memory), so that the caller may go on and
+    change them while `write_snapshot` runs."""
+    taken: dict[str, tuple[bytes, Mapping[str, Tensor]]] = {}
+    for name, tree in trees.items():
+        if not is_tree_name(name):
+            raise ValueError(f"a tree is named {name!r}; use lower-case letters, digits and '_', and not 'manifest'")
+        structure, tensors = flatten_tree(tree, name)
+        text = dump_json(structure)
+        parse_json(text, f"tree {name!r}")  # the reader's limits: what could not be read back is not written
+        layout(tensors, f"tree {name!r}")
+        if copy:
+            tensors = {key: torch.empty_like(t, device="cpu").copy_(t) for key, t in tensors.items()}
+        taken[name] = (text, tensors)
+    return Snapshot(taken)
+
+
+def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata: Mapping[str, JSON]) -> Path:
+    """Writes what `snapshot_trees` took; see `save_checkpoint`."""
+    root = Path(root)
+    final = root / step_directory_name(step)
+    parents = [_step_of(path) for path in list_checkpoints(root) if _step_of(path) < step]
+    draft = Manifest(step, parents[-1] if parents else None, {}, metadata, _library_versions())
+    sealed = seal_manifest(draft)  # metadata that cannot be written, or read back, fails before anything is written
+    open_manifest(sealed)
+    make_directory(root)
+    _collect(root)
+    needed = snapshot.num_bytes + len(sealed) + sum(
+        8192 + sum(2 * len(key) + 256 for key in tensors) for _, tensors in snapshot.trees.values())
+    require_space(root, needed)
+    with private_directory(root, needed) as private:
+        with open_directory(private) as directory:
+            trees = {name: write_tree(directory, name, *parts) for name, parts in snapshot.trees.items()}
+            write_file(directory, MANIFEST_NAME, [seal_manifest(replace(draft, trees=trees))])
+            os.fsync(directory)
+        with _serialized(root):
+            _publish(private, final)
+    return final
+
+
+def load_checkpoint(path: Path | str, names: Iterable[str] | None = None, *,
+                    map_location: torch.device | str = "cpu") -> dict[str, Tree]:
+    """The trees `names` (None: all) of the checkpoint at `path`, verified before anything is returned.
+
+    CPU tensors are private mappings of the files: pages are read when touched, writing to them changes memory only, and
+    they stay valid when the checkpoint is pruned. Tied tensors come back as one tensor.
+
+    Raises:
+        CheckpointError: damaged, incomplete or hostile; names the file and, where it can be told, the tensor.
+        ValueError: a name that the checkpoint does not have.
+    """
+    with _opened(Path(path)) as (directory, manifest):
+        wanted = list(manifest.trees) if names is None else list(names)
+        for name in wanted:
+            if name not in manifest.trees:
+                raise ValueError(f"{str(path)!r} has no tree {name!r}; it has {sorted(manifest.trees)}")
+        with _naming(Path(path)):
+            trees = {name: read_tree(directory, name, manifest.trees[name]) for name in wanted}
+    device = torch.device(map_location)
+    return trees if device.type == "cpu" else {
+        name: transform_tensors(tree, lambda tensor: tensor.to(device)) for name, tree in trees.items()}
+
+
+def load_into(path: Path | str, name: str, target: Tree) -> None:
+    """Copies the tensors of tree `name` into those at the same places of `target` (`model.state_dict()`, say),
+    in place.
+
+    Everything is verified and compared first: after a ValueError (places, shapes or dtypes differ) `target` is as it
+    was. Leaves that are not tensors are left alone.
+    """
+    source = dict(iter_tensors(load_checkpoint(path, [name])[name], name))
+    places = dict(iter_tensors(target, name))
+    if source.keys() != places.keys():
+        raise ValueError(f"{str(path)!r} and the target differ in tensors: only in the checkpoint "
+                         f"{sorted(source.keys() - places.keys())[:5]}, only in the target "
+                         f"{sorted(places.keys() - source.keys())[:5]}")
+    for place, tensor in places.items():
+        if (tensor.shape, tensor.dtype) != (source[place].shape, source[place].dtype):
+            raise ValueError(f"{place} is {tuple(source[place].shape)} {source[place].dtype} in {str(path)!r} and "
+                             f"{tuple(tensor.shape)} {tensor.dtype} in the target; build the target as it was saved")
+    with torch.no_grad():
+        for place, tensor in places.items():
+            tensor.copy_(source[place])
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """The manifest of a checkpoint, its own seal verified but not the files'. Raises CheckpointError."""
+    with _opened(Path(path)) as (_, manifest):
+        return manifest
+
+
+def verify_checkpoint(path: Path | str) -> list[str]:
+    """Reads and hashes everything, as loading does; returns the problems by file and tensor (empty: sound)."""
+    problems = []
+    try:
+        with _opened(Path(path)) as (directory, manifest):
+            for name, entry in manifest.trees.items():
+                try:
+                    read_tree(directory, name, entry)
+                except (ValueError, OSError) as error:
+                    problems.append(describe(error))
+    except CheckpointError as error:
+        problems.append(str(error))
+    return problems
+
+
+def list_checkpoints(root: Path | str) -> list[Path]:
+    """The step directories of `root`, oldest first, unverified. `step-N~` (a replacement was cut short) stands before
+    `step-N`."""
+    try:
+        with os.scandir(root) as entries:
+            found = [(parse_step_name(e.name), e.name) for e in entries if e.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    return [Path(root) / name for _, name in sorted((key, name) for key, name in found if key is not None)]
+
+
+def latest_checkpoint(root: Path | str, *, log: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies, or None; each newer one that does not is logged with what is wrong."""
+    for _ in range(100):  # again when another process pruned or replaced one under our eyes
+        paths = list_checkpoints(root)
+        for path in reversed(paths):
+            problems = verify_checkpoint(path)
+            if not problems:
+                return path
+            if not path.exists():
+                break
+            log(f"CHECKPOINT NOT USED: {str(path)!r} is damaged: {'; '.join(problems)}")
+        else:
+            if paths:
+                log(f"NO CHECKPOINT in {str(root)!r} verifies ({len(paths)} damaged)")
+            return None
+    raise CheckpointError(f"{str(root)!r} kept changing; is another process writing there?")
+
+
+def prune_checkpoints(root: Path | str, *, keep_last: int, keep_best: int,
+                      protect: Iterable[Path | str] = ()) -> list[Path]:
+    """Removes old checkpoints and returns their paths.
+
+    Kept: the last `keep_last` (0: all), the `keep_best` of lowest finite metadata["val_loss"] (the later of equals),
+    those in `protect`, and the newest of finite val_loss if a newer one's is NaN or infinite. Directories without a
+    readable manifest are neither counted nor removed. Nothing is removed unless the newest verifies, re-read from the
+    disk; if it does not, a RuntimeWarning says so.
+    """
+    if keep_last < 0 or keep_best < 0:
+        raise ValueError(f"keep_last is {keep_last}, keep_best {keep_best}; neither may be negative (keep_last 0: all)")
+    paths = list_checkpoints(root)
+    if keep_last == 0 or not paths:
+        return []
+    problems = verify_checkpoint(paths[-1])
+    if problems:
+        warnings.warn(f"nothing is pruned: the newest checkpoint {str(paths[-1])!r} is damaged: {'; '.join(problems)}",
+                      RuntimeWarning, stacklevel=2)
+        return []
+    losses = _val_losses(paths)
+    kept = _kept(losses, keep_last, keep_best)
+    shielded = {Path(path).resolve() for path in protect}
+    removed = []
+    for path in losses:
+        if path not in kept and path.resolve() not in shielded:
+            with _serialized(Path(root)), contextlib.suppress(FileNotFoundError):
+                retire(path)
+                removed.append(path)
+    return removed
+
+
+def _kept(losses: Mapping[Path, float | None], keep_last: int, keep_best: int) -> set[Path]:
+    """The retention rule on val_loss (None: not measured) by path, oldest first."""
+    finite = [(loss, -age, path) for age, (path, loss) in enumerate(losses.items()) if loss is not None
+              and math.isfinite(loss)]
+    kept = {*list(losses)[-keep_last:], *(path for _, _, path in sorted(finite)[:keep_best])}
+    if finite:
+        _, age, newest_finite = finite[-1]
+        if any(loss is not None for loss in list(losses.values())[1 - age:]):  # measured since, and none was finite
+            kept.add(newest_finite)
+    return kept
+
+
+def _val_losses(paths: Iterable[Path]) -> dict[Path, float | None]:
+    losses: dict[Path, float | None] = {}
+    for path in paths:
+        with contextlib.suppress(CheckpointError):
+            value = read_manifest(path).metadata.get("val_loss")
+            measured = isinstance(value, (int, float)) and not isinstance(value, bool)
+            losses[path] = float(value) if measured else None  # type: ignore[arg-type]
+    return losses
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, Manifest]]:
+    with contextlib.ExitStack() as stack:
+        with _naming(path):
+            directory = stack.enter_context(open_directory(path, follow=True))
+            with naming_file(MANIFEST_NAME), open_regular(directory, MANIFEST_NAME) as descriptor:
+                manifest = open_manifest(read_all(descriptor, MAX_JSON_BYTES))
+            named = parse_step_name(path.resolve().name)
+            if named is not None and named[0] != manifest.step:
+                raise ValueError(f"its manifest is that of step {manifest.step}: the directory was renamed or swapped")
+        yield directory, manifest
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r}: {describe(error)}") from error
+
+
+def _publish(private: Path, final: Path) -> None:
+    backup = final.with_name(final.name + "~")
+    replaced = os.path.lexists(final)
+    if replaced:
+        if os.path.lexists(backup):
+            retire(final)  # `_collect` left both, so neither verifies
+        else:
+            os.rename(final, backup)
+        sync_directory(final.parent)
+    try:
+        os.rename(private, final)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rename(backup, final)
+        raise
+    sync_directory(final.parent)
+    if os.path.lexists(backup):
+        with contextlib.suppress(OSError):  # the new one is published; the next save collects what stays
+            retire(backup)
+
+
+def _collect(root: Path) -> None:
+    """Settles what killed saves left: private directories go; of `step-N` and `step-N~` the sound one stays, as the
+    former."""
+    collect_orphans(root)
+    for backup in list_checkpoints(root):
+        final = backup.with_name(backup.name[:-1])
+        if backup.name.endswith("~"):
+            with _serialized(root), contextlib.suppress(FileNotFoundError):
+                if not verify_checkpoint(final):
+                    retire(backup)
+                elif not verify_checkpoint(backup):
+                    if os.path.lexists(final):
+                        retire(final)
+                    os.rename(backup, final)
+
+
+@contextlib.contextmanager
+def _serialized(root: Path) -> Iterator[None]:
+    """Renames of one step by two processes must not interleave; where the file system has no locks, they might."""
+    with open_directory(root, follow=True) as descriptor:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _step_of(path: Path) -> int:
+    named = parse_step_name(path.name)
+    assert named is not None, path
+    return named[0]
+
+
+def _library_versions() -> dict[str, str]:
+    try:
+        own = importlib.metadata.version("fasttrain")
+    except importlib.metadata.PackageNotFoundError:
+        own = "uninstalled checkout"
+    return {"fasttrain": own, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}

@@ -1,0 +1,233 @@
+"""What a run is made of: two flat, frozen dataclasses, each default declared once.
+
+The command line is generated from these fields, a checkpoint stores them as JSON, and `from_dict` refuses
+an unknown key by naming the nearest known one. Nothing here imports torch: configuration is plain data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+# What other trainers call the same thing, so that the error for an unknown key names ours.
+_OTHER_NAMES = {
+    "learning_rate": "lr", "gradient_accumulation_steps": "grad_accum_steps", "num_train_epochs": "max_epochs",
+    "epochs": "max_epochs", "steps": "max_steps", "batch_size": "global_batch_size", "clip_grad_norm": "max_grad_norm",
+    "lr_scheduler_type": "schedule", "logging_steps": "log_every_steps", "eval_steps": "eval_every_steps",
+    "save_steps": "save_every_steps", "save_total_limit": "keep_last", "dtype": "precision",
+}
+
+ConfigT = TypeVar("ConfigT", "TrainConfig", "GenerationConfig")
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+ActivationCheckpointing = Literal["none", "full"]
+StateDtype = Literal["float32", "bfloat16"]
+NonfinitePolicy = Literal["skip", "stop"]
+Parallel = Literal["auto", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. A limit, an interval or a count of 0 means "off"; one step is one optimizer update."""
+
+    max_steps: int = 0
+    """Stop after this many optimizer steps (0: no limit)."""
+    max_epochs: int = 0
+    """Stop after this many passes over the training data (0: no limit)."""
+    max_tokens: int = 0
+    """Stop once this many target tokens were trained on (0: no limit)."""
+    max_seconds: float = 0.0
+    """Stop after this much wall-clock time in seconds, this session only (0: no limit)."""
+    grad_accum_steps: int = 1
+    """Micro-batches per optimizer step."""
+    global_batch_size: int = 0
+    """Sequences per optimizer step; micro-batches are derived from it (0: use grad_accum_steps)."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this (0: do not clip)."""
+    lr: float = 3e-4
+    """Peak learning rate, for the optimizer that the Trainer builds when none is passed."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0 to lr."""
+    schedule: Schedule = "cosine"
+    """Shape after the warm-up, for the scheduler that the Trainer builds when none is passed."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; applied to tensors of two or more dimensions only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    precision: Precision = "auto"
+    """Autocast type; auto picks the fastest reduced precision that this device runs natively, else float32."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """full: recompute each block's activations in the backward instead of keeping them."""
+    optimizer_state_dtype: StateDtype = "float32"
+    """How AdamW keeps its moments; bfloat16 halves their memory and rounds stochastically."""
+    log_every_steps: int = 10
+    """Steps between two log records; the only moments at which the device is read."""
+    eval_every_steps: int = 0
+    """Steps between two evaluations (0: only at the end, if there is validation data)."""
+    eval_max_batches: int = 0
+    """Batches per evaluation (0: all)."""
+    save_every_steps: int = 0
+    """Steps between two checkpoints (0: only at the end)."""
+    keep_last: int = 2
+    """Newest checkpoints to keep (0: all)."""
+    keep_best: int = 1
+    """Checkpoints of lowest validation loss to keep besides."""
+    nonfinite: NonfinitePolicy = "skip"
+    """What a non-finite loss or gradient does: skip that update, or stop the run. Weights are never touched."""
+    preflight: bool = True
+    """Check before step 1 that the run can end well: a batch, the disk, the intervals."""
+    deterministic: bool = False
+    """Ask PyTorch for deterministic algorithms and raise where there is none."""
+    seed: int = 0
+    """Seed of weights, data order and dropout."""
+    parallel: Parallel = "auto"
+    """How the model is spread over processes."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("max_steps", "max_epochs", "max_tokens", "max_seconds", "global_batch_size", "max_grad_norm",
+                     "lr", "min_lr", "warmup_steps", "weight_decay", "eval_every_steps", "eval_max_batches",
+                     "save_every_steps", "keep_last", "keep_best", "seed"):
+            _require(self, name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("grad_accum_steps", "log_every_steps"):
+            _require(self, name, getattr(self, name) >= 1, "must be at least 1")
+        for beta in self.betas:
+            _require(self, "betas", 0.0 <= beta < 1.0, "each must lie in [0, 1)")
+        _require(self, "min_lr", self.min_lr <= self.lr, f"must not exceed lr={self.lr}")
+        _require(self, "grad_accum_steps", self.grad_accum_steps == 1 or self.global_batch_size == 0,
+                 f"derives from global_batch_size={self.global_batch_size}: give one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How text is drawn. Filters apply in the order temperature, top-k, top-p, min-p, each on the
+    renormalised survivors of the one before."""
+
+    max_new_tokens: int = 128
+    """Most tokens to add to the prompt."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens (0: all)."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches this (1: all)."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one (0: all)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already seen (1: off)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+    eos_token_id: int | None = None
+    """Token that ends the text (None: the tokenizer's, if it has one)."""
+    seed: int = 0
+    """Seed of the draw; row i of a batch uses seed + i, so a row does not depend on its batchmates."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self, "max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
+        _require(self, "temperature", self.temperature >= 0, "must not be negative (0 is greedy)")
+        _require(self, "top_k", self.top_k >= 0, "must not be negative (0 keeps all)")
+        _require(self, "top_p", 0.0 < self.top_p <= 1.0, "must lie in (0, 1]")
+        _require(self, "min_p", 0.0 <= self.min_p <= 1.0, "must lie in [0, 1]")
+        _require(self, "repetition_penalty", self.repetition_penalty > 0, "must be positive (1 is off)")
+        _require(self, "stop", all(self.stop), "must not hold an empty string")
+
+
+def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Builds a config from plain data; raises ValueError naming the nearest field for an unknown key."""
+    known: list[str] = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), [*known, *_OTHER_NAMES], n=1, cutoff=0.5)
+            near = [_OTHER_NAMES.get(name, name) for name in near if _OTHER_NAMES.get(name, name) in known]
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{cls.__name__} has no field {key!r}; {hint}")
+    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return cls(**arguments)
+
+
+def load_config(source: ConfigT | Mapping[str, Any] | str | Path | None, cls: type[ConfigT]) -> ConfigT:
+    """Accepts a config, a mapping, the path of a .toml or .json file, or None (all defaults)."""
+    if source is None:
+        return cls()
+    if isinstance(source, cls):
+        return source
+    if isinstance(source, Mapping):
+        return from_dict(cls, source)
+    if isinstance(source, (str, Path)):
+        return from_dict(cls, _read_table(Path(source)))
+    raise ValueError(f"config is a {type(source).__name__}; pass a {cls.__name__}, a dict or a path")
+
+
+def to_dict(config: TrainConfig | GenerationConfig) -> dict[str, Any]:
+    """The config as JSON-ready data; `from_dict` reads it back to an equal config."""
+    plain = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+def _read_table(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"config file {str(path)!r} does not exist; pass a .toml or .json file, a dict or a config")
+    if path.suffix not in (".toml", ".json"):
+        raise ValueError(f"config file {str(path)!r} ends in {path.suffix!r}; it must be .toml or .json")
+    text = path.read_text(encoding="utf-8")
+    try:
+        table = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"config file {str(path)!r} does not parse: {error}") from error
+    if not isinstance(table, Mapping):
+        raise ValueError(f"config file {str(path)!r} holds a {type(table).__name__}; it must hold one table of fields")
+    return table
+
+
+def _require(config: Any, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; it {rule}")
+
+
+def _check_types(config: Any) -> None:
+    """Refuses a value of another type than its field's, so that a typo in a file fails here and not in step 900."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        choices = get_args(hint) if getattr(hint, "__origin__", None) is Literal else None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if choices is not None:
+            _require(config, field.name, value in choices, f"must be one of {', '.join(map(repr, choices))}")
+        elif hint is bool:
+            _require(config, field.name, isinstance(value, bool), "must be true or false")
+        elif hint is int:
+            _require(config, field.name, whole, "must be a whole number")
+        elif hint is float:
+            _require(config, field.name, _is_finite_number(value), "must be a finite number")
+        elif hint == tuple[float, float]:
+            pair = isinstance(value, tuple) and len(value) == 2 and all(map(_is_finite_number, value))
+            _require(config, field.name, pair, "must hold two numbers")
+        elif hint == tuple[str, ...]:
+            texts = isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+            _require(config, field.name, texts, "must hold strings")
+        elif hint == int | None:
+            _require(config, field.name, value is None or whole, "must be a whole number or None")
+        else:
+            raise AssertionError(f"{field.name}: no check for {hint}")
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

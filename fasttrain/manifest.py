@@ -1,0 +1,178 @@
+"""The manifest that seals a checkpoint: what belongs to it, how large it is, and what every byte of it hashes to.
+
+`manifest.json` is one line: {"sha256":"<of the rest>","manifest":{...}}. The hash covers the manifest's own text, so
+that a flipped bit in it (say, in a validation loss) is found like one in a tensor. File names follow from the trees'
+names and are never taken from the text: there is no path in it to attack.
+Deliberately left out: reading and writing files (storage.py, checkpointing.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fasttrain.trees import JSON, Tree, dump_json, flatten_tree, is_tensor_name, parse_json, unflatten_tree
+
+FORMAT, VERSION = "fasttrain-checkpoint", 1
+MANIFEST_NAME = "manifest.json"
+MAX_STEP = 10**15 - 1
+
+_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_TREE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_STEP_NAME = re.compile(r"step-(\d{8,15})(~?)", re.ASCII)
+_SEALED = re.compile(rb'\{"sha256":"([0-9a-f]{64})","manifest":(\{.*\})\}\n', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a safetensors file: dtype in that format's spelling, shape, SHA-256 (hex) of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TreeEntry:
+    """One tree: `<name>.json`, and `<name>.safetensors` if it has tensors."""
+
+    structure: FileEntry
+    tensor_file: FileEntry | None
+    tensors: Mapping[str, TensorEntry]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint's table of contents. `parent_step`: the newest earlier step on disk when this one was written."""
+
+    step: int
+    parent_step: int | None
+    trees: Mapping[str, TreeEntry]
+    metadata: Mapping[str, Tree]
+    libraries: Mapping[str, str]
+
+
+def step_directory_name(step: int) -> str:
+    """100 -> 'step-00000100'."""
+    if type(step) is not int or not 0 <= step <= MAX_STEP:
+        raise ValueError(f"step is {step!r}; it must be a whole number from 0 to {MAX_STEP}")
+    return f"step-{step:08d}"
+
+
+def parse_step_name(name: str) -> tuple[int, bool] | None:
+    """'step-00000100' -> (100, True); 'step-00000100~', the copy kept while step 100 is replaced -> (100, False)."""
+    found = _STEP_NAME.fullmatch(name)
+    if found is None or step_directory_name(int(found[1])) != name.rstrip("~"):
+        return None
+    return int(found[1]), not found[2]
+
+
+def is_tree_name(name: object) -> bool:
+    """Lower-case words that make a file name; `manifest` is taken."""
+    return isinstance(name, str) and _TREE_NAME.fullmatch(name) is not None and name != "manifest"
+
+
+def structure_file(tree: str) -> str:
+    """The file of a tree's plain data."""
+    return f"{tree}.json"
+
+
+def tensor_file(tree: str) -> str:
+    """The file of a tree's tensors."""
+    return f"{tree}.safetensors"
+
+
+def seal_manifest(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`. Raises TypeError/ValueError for metadata that is not plain data."""
+    metadata, tensors = flatten_tree(dict(manifest.metadata), "metadata")
+    if tensors:
+        raise TypeError(f"metadata holds a tensor ({next(iter(tensors))}); tensors belong in a tree, or call .item()")
+    body = dump_json({
+        "format": FORMAT, "version": VERSION, "step": manifest.step, "parent_step": manifest.parent_step,
+        "libraries": dict(manifest.libraries), "metadata": metadata,
+        "trees": {name: _tree_to_json(name, entry) for name, entry in manifest.trees.items()},
+    })
+    return b'{"sha256":"%s","manifest":%s}\n' % (hashlib.sha256(body).hexdigest().encode(), body)
+
+
+def open_manifest(data: bytes) -> Manifest:
+    """Reads `manifest.json`. Raises ValueError unless the seal holds and every entry is of its form."""
+    sealed = _SEALED.fullmatch(data)
+    if sealed is None:
+        raise ValueError(f"{MANIFEST_NAME} is torn, or not written by fasttrain")
+    if hashlib.sha256(sealed[2]).hexdigest().encode() != sealed[1]:
+        raise ValueError(f"{MANIFEST_NAME} does not match its own SHA-256")
+    body = parse_json(sealed[2], MANIFEST_NAME)
+    _need(body.get("format") == FORMAT, "format", body.get("format"), repr(FORMAT))
+    _need(body.get("version") == VERSION, "version", body.get("version"), f"{VERSION}; a newer fasttrain may read it")
+    keys = {"format", "version", "step", "parent_step", "libraries", "metadata", "trees"}
+    _need(set(body) == keys, "the set of keys", sorted(body), f"{sorted(keys)}")
+    step, parent, libraries, trees = body["step"], body["parent_step"], body["libraries"], body["trees"]
+    _need(_is_size(step) and step <= MAX_STEP, "step", step, f"a whole number from 0 to {MAX_STEP}")
+    _need(parent is None or (_is_size(parent) and parent <= MAX_STEP), "parent_step", parent, "a step or null")
+    _need(isinstance(libraries, dict) and all(isinstance(v, str) for v in libraries.values()), "libraries", libraries,
+          "a table of texts")
+    _need(isinstance(trees, dict) and all(map(is_tree_name, trees)), "trees", trees, "a table of trees by name")
+    metadata = unflatten_tree(body["metadata"], {}, "metadata")
+    _need(isinstance(metadata, dict), "metadata", metadata, "a table")
+    entries = {name: _tree_from_json(name, entry) for name, entry in trees.items()}
+    return Manifest(step, parent, entries, metadata, libraries)
+
+
+def _tree_to_json(name: str, entry: TreeEntry) -> JSON:
+    files = {structure_file(name): entry.structure}
+    if entry.tensor_file is not None:
+        files[tensor_file(name)] = entry.tensor_file
+    return {
+        "files": {file: {"size": item.size, "sha256": item.sha256} for file, item in files.items()},
+        "tensors": {key: [item.dtype, list(item.shape), item.sha256] for key, item in entry.tensors.items()},
+    }
+
+
+def _tree_from_json(name: str, entry: JSON) -> TreeEntry:
+    place = f"trees[{name!r}]"
+    _need(isinstance(entry, dict) and set(entry) == {"files", "tensors"}, place, entry, "a table of files and tensors")
+    files, tensors = entry["files"], entry["tensors"]
+    wanted = {structure_file(name), tensor_file(name)} if tensors else {structure_file(name)}
+    _need(isinstance(files, dict) and set(files) == wanted, f"{place} files", files, f"a table of {sorted(wanted)}")
+    _need(isinstance(tensors, dict), f"{place} tensors", tensors, "a table")
+    parsed = {file: _file_from_json(file, item) for file, item in files.items()}
+    return TreeEntry(parsed[structure_file(name)], parsed.get(tensor_file(name)),
+                     {key: _tensor_from_json(key, item) for key, item in tensors.items()})
+
+
+def _file_from_json(name: str, entry: JSON) -> FileEntry:
+    good = (isinstance(entry, dict) and set(entry) == {"size", "sha256"} and _is_size(entry["size"])
+            and _is_hash(entry["sha256"]))
+    _need(good, name, entry, "a size and a sha256")
+    return FileEntry(entry["size"], entry["sha256"])
+
+
+def _tensor_from_json(name: str, entry: JSON) -> TensorEntry:
+    good = (is_tensor_name(name) and isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)
+            and isinstance(entry[1], list) and all(map(_is_size, entry[1])) and _is_hash(entry[2]))
+    _need(good, f"tensor {name[:80]!r}", entry, "[dtype, shape, sha256] under a tensor's name")
+    return TensorEntry(entry[0], tuple(entry[1]), entry[2])
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
+
+
+def _need(holds: bool, field: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{MANIFEST_NAME}: {field!a} is {ascii(value)[:200]}; it must be {rule}")

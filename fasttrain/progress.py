@@ -1,0 +1,188 @@
+"""What a person sees of a run: a startup report, one live line on a terminal or timed plain lines elsewhere, a summary.
+
+Everything shown comes from the loop's records; nothing here touches the device. The files are `JsonlLogger`'s; this
+module only draws them (`plot_losses`). Deliberately left out: dashboards, and anything that needs a network.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from .callbacks import Callback, Run, read_records
+from .state import TrainState
+from .utils import format_count, format_duration
+
+_SMOOTHING = 0.9
+_REDRAW_SECONDS = 0.1
+_CLEAR = "\r\x1b[K"
+
+
+class Progress(Callback):
+    """Shows a run. On a terminal the current line is redrawn; elsewhere (files, CI) at most one plain line every
+    `plain_every_seconds` is printed, so that a log file stays readable."""
+
+    observer = True
+
+    def __init__(self, stream: TextIO | None = None, *, plain_every_seconds: float = 1.0) -> None:
+        self.stream = stream if stream is not None else sys.stdout
+        self.live = self.stream.isatty()
+        self.plain_every_seconds = plain_every_seconds
+        self._run: Run | None = None
+        self._pace_step = 0
+        self._started = self._pace_start = self._last_shown = 0.0
+        self._smooth = self._weight = 0.0
+        self._previous: Mapping[str, Any] = {}
+        self._records = 0
+        self._figures = ""
+
+    def log(self, message: str) -> None:
+        """Prints one line without breaking the live one."""
+        self.stream.write(f"{_CLEAR if self.live else ''}{message}\n")
+        self.stream.flush()
+
+    def on_train_start(self, state: TrainState, run: Run) -> None:
+        self._run, self._pace_step = run, state.step
+        self._started = self._pace_start = time.monotonic()
+        self._last_shown, self._records = -math.inf, 0
+        self._previous = {"tokens": state.counters.tokens_seen, "seconds": 0.0, "phase_seconds": {}}
+
+    def on_step(self, state: TrainState) -> None:
+        if self.live and time.monotonic() - self._last_shown >= _REDRAW_SECONDS:
+            self._draw(state)
+
+    def on_log(self, state: TrainState, record: Mapping[str, Any]) -> None:
+        self._figures = self._describe(record)
+        self._previous = record
+        last = self._run is not None and state.step == self._run.max_steps
+        if self.live or last or time.monotonic() - self._last_shown >= self.plain_every_seconds:
+            self._draw(state)
+        if self._records == 0:
+            self._pace_step, self._pace_start = state.step, time.monotonic()
+        self._records += 1
+
+    def on_eval(self, state: TrainState, result: Any) -> None:
+        parts = [f"step {state.step}", f"val loss {result.loss:.4f}", f"perplexity {result.perplexity:.4g}"]
+        if result.bits_per_byte is not None:
+            parts.append(f"{result.bits_per_byte:.4f} bits/byte")
+        if result.accuracy is not None:
+            parts.append(f"accuracy {result.accuracy:.1%}")
+        best = " (best so far)" if state.counters.best_step == state.step else ""
+        self.log("  ".join(parts) + best)
+
+    def on_nonfinite(self, state: TrainState) -> None:
+        counters = state.counters
+        if counters.nonfinite_in_a_row <= 3 or counters.nonfinite_steps % 100 == 0:
+            self.log(f"warning: step {state.step} is not finite (loss {counters.last_loss:.4g}, gradient norm "
+                     f"{counters.last_grad_norm:.4g}); its update was skipped, {counters.nonfinite_steps} so far")
+
+    def on_save(self, state: TrainState, path: Path) -> None:
+        self.log(f"step {state.step}  saved {path}")
+
+    def on_train_end(self, state: TrainState, status: str) -> None:
+        if self.live:
+            self.stream.write(_CLEAR)
+
+    def _describe(self, record: Mapping[str, Any]) -> str:
+        before = self._previous
+        seconds = max(record["seconds"] - before["seconds"], 1e-9)
+        if math.isfinite(record["loss"]):
+            # Debiased: the first value is the first loss, not a tenth of it.
+            self._smooth = _SMOOTHING * self._smooth + (1 - _SMOOTHING) * record["loss"]
+            self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
+        smooth = f" (mean {self._smooth / self._weight:.4f})" if self._weight else ""
+        waited = record["phase_seconds"].get("data", 0.0) - before["phase_seconds"].get("data", 0.0)
+        parts = [f"loss {record['loss']:.4f}{smooth}", f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.3f}",
+                 f"{format_count(round((record['tokens'] - before['tokens']) / seconds))} tok/s",
+                 f"data wait {waited / seconds:.0%}"]
+        if record["nonfinite_steps"]:
+            parts.append(f"NON-FINITE {record['nonfinite_steps']}")
+        return "  ".join(parts)
+
+    def _draw(self, state: TrainState) -> None:
+        self._last_shown = time.monotonic()
+        total = self._run.max_steps if self._run is not None else None
+        position = f"step {state.step}" + (f"/{total}" if total else "")
+        line = f"{position}  {self._figures}  {self._time_left(state, total)}".rstrip()
+        if self.live:
+            width = shutil.get_terminal_size().columns
+            self.stream.write(_CLEAR + line[: width - 1])
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def _time_left(self, state: TrainState, total: int | None) -> str:
+        """Elapsed time, and the rest at the pace since the first record (what compiles or warms up comes before it),
+        evaluations and saves included."""
+        now = time.monotonic()
+        elapsed, since, done = now - self._started, self._pace_start, state.step - self._pace_step
+        if not total or done <= 0:
+            return format_duration(elapsed)
+        return f"{format_duration(elapsed)}, {format_duration((now - since) / done * (total - state.step))} left"
+
+
+def print_report(title: str, rows: Sequence[tuple[str, str]], stream: TextIO | None = None) -> None:
+    """Name and value pairs: a table on a terminal, aligned plain lines elsewhere."""
+    stream = stream if stream is not None else sys.stdout
+    if stream.isatty():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows:
+            table.add_row(f"[bold]{name}[/bold]", value.replace("[", r"\["))
+        Console(file=stream).print(table)
+        return
+    width = max((len(name) for name, _ in rows), default=0)
+    stream.write("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]) + "\n")
+    stream.flush()
+
+
+def time_report(seconds_by_phase: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Rows of phase, time and share (they add up to the wall-clock), and a verdict where waiting dominates."""
+    total = sum(seconds_by_phase.values())
+    if total <= 0:
+        return []
+    ordered = sorted(seconds_by_phase.items(), key=lambda item: -item[1])
+    rows = [(phase.replace("_", " "), f"{format_duration(seconds)}  {seconds / total:.1%}")
+            for phase, seconds in ordered]
+    waiting = seconds_by_phase.get("data", 0.0) / total
+    if waiting > 0.1:
+        rows.append(("verdict", f"{waiting:.0%} of the time went into waiting for data: give the loader workers or "
+                                "prefetching"))
+    return rows
+
+
+def plot_losses(metrics_jsonl: str | Path, png: str | Path) -> Path:
+    """Draws training and validation loss over steps from a `metrics.jsonl` into a PNG.
+
+    Raises:
+        ValueError: the file holds no loss, or matplotlib (the extra `plot`) is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plot_losses needs matplotlib: pip install 'fasttrain[plot]'") from error
+    records = read_records(metrics_jsonl)
+    curves = {kind: [(record["step"], float(record["loss"])) for record in records
+                     if record["kind"] == kind and math.isfinite(float(record["loss"]))] for kind in ("train", "eval")}
+    if not any(curves.values()):
+        raise ValueError(f"{str(metrics_jsonl)!r} holds no finite loss to plot; train for log_every_steps first")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
+        if curves[kind]:
+            axes.plot(*zip(*curves[kind]), style, label=label, linewidth=1.2, markersize=3)
+    skipped = [r["step"] for r in records if r["kind"] == "nonfinite"]
+    for index, step in enumerate(skipped):
+        axes.axvline(step, color="red", linewidth=0.6, alpha=0.5, label=None if index else "non-finite step")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(png, dpi=130)
+    return Path(png)

@@ -1,0 +1,301 @@
+"""Durable files: what is written is on the disk, or an error was raised; what is read is what its SHA-256 says.
+
+Files are opened through their directory's descriptor and links are never followed, so that a path swapped in between, a
+link or a device in an untrusted directory is refused and not read. A private directory carries its owner's identity in
+its name: what a killed process left behind can be told from what a living one is writing.
+Deliberately left out: formats (manifest.py, tensorfile.py), and platforms without POSIX directory descriptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+CHUNK = 4 * 2**20  # bytes hashed and written at a time
+FOREIGN_ORPHAN_SECONDS = 24 * 3600.0  # private directories of another host or container are left alone this long
+
+_PRIVATE = re.compile(r"\.inflight-(\d+)-(\d+)-([0-9a-f]{8})-[0-9a-f]{12}", re.ASCII)
+_held: set[int] = set()  # descriptors of locks, to be closed in forked children
+_in_use: set[str] = set()  # names of this process's private directories
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class CheckpointSpaceError(OSError):
+    """Too little room (disk or quota). Attributes: `path`, `needed` and `free` in bytes."""
+
+    def __init__(self, path: Path, needed: int, free: int) -> None:
+        super().__init__(errno.ENOSPC, f"no room for {needed:,} bytes in {str(path)!r}: the disk has {free:,} free (a "
+                         "quota may leave less); delete something or lower keep_last/keep_best. Earlier checkpoints "
+                         "are intact", str(path))
+        self.path, self.needed, self.free = path, needed, free
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class DirectoryInUseError(RuntimeError):
+    """Another writer holds the directory. Attributes: `path` and `pid` (None: it left no readable number)."""
+
+    def __init__(self, path: Path, pid: int | None) -> None:
+        owner = "this process" if pid == os.getpid() else "an unknown process" if pid is None else f"process {pid}"
+        super().__init__(f"{str(path)!r} is in use by {owner}; let it end (or stop it), or choose another directory")
+        self.path, self.pid = path, pid
+
+
+def free_bytes(directory: Path) -> int:
+    """What this user may still write on the file system of `directory`."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raises CheckpointSpaceError unless `needed` bytes and 1 MiB for directories and rounding are free."""
+    free = free_bytes(directory)
+    if free < needed + 2**20:
+        raise CheckpointSpaceError(directory, needed, free)
+
+
+@contextlib.contextmanager
+def open_directory(path: Path | str, *, follow: bool = False) -> Iterator[int]:
+    """A descriptor for use as `dir_fd`. With `follow`, the last component may be a link: for paths the user typed."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def open_regular(directory: int, name: str) -> Iterator[int]:
+    """A descriptor of the regular file `name` in `directory` for reading.
+
+    Links, devices, pipes and directories raise OSError. Hard links pass: backup tools make them, and a file that came
+    from elsewhere is still used only if its hash is the one in the manifest.
+    """
+    assert "/" not in name and name not in ("", ".", ".."), name
+    # Not blocking: opening a pipe that nobody writes to must not hang.
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_all(descriptor: int, max_bytes: int) -> bytes:
+    """The whole file as bytes; OSError (EFBIG) if it is larger than `max_bytes`."""
+    size = os.fstat(descriptor).st_size
+    if size > max_bytes:
+        raise OSError(errno.EFBIG, f"{size} bytes, at most {max_bytes} are read")
+    return b"".join(_chunks(descriptor, 0, size))
+
+
+def hash_range(descriptor: int, start: int, end: int) -> str:
+    """SHA-256 (hex) of the bytes [start, end), or of those that exist."""
+    digest = hashlib.sha256()
+    for chunk in _chunks(descriptor, start, end):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_file(directory: int, name: str, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Creates `name` in `directory`, writes the pieces, and fsyncs. Returns (size in bytes, SHA-256 in hex)."""
+    digest, size = hashlib.sha256(), 0
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, 0o666, dir_fd=directory)
+    try:
+        for piece in pieces:
+            view = memoryview(piece)
+            for start in range(0, len(view), CHUNK):
+                chunk = view[start:start + CHUNK]
+                digest.update(chunk)
+                size += len(chunk)
+                while chunk:  # a write may be short, on a full disk or a signal
+                    chunk = chunk[os.write(descriptor, chunk):]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return size, digest.hexdigest()
+
+
+def make_directory(path: Path) -> None:
+    """Creates `path` and its parents, durably: each new entry is fsynced in its parent."""
+    missing = [path, *path.parents]
+    missing = missing[:next((i for i, folder in enumerate(missing) if folder.exists()), len(missing))]
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+        sync_directory(folder.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the entries of `path` (names made, renamed, removed) durable."""
+    with open_directory(path, follow=True) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def private_directory(root: Path, needed: int) -> Iterator[Path]:
+    """A new directory in `root` that only this call uses; what is left of it at the end, or after an error, is removed.
+
+    Publish it by renaming it inside the block. An error for lack of room leaves as CheckpointSpaceError, which names
+    `needed`; any other OSError without a file name gets the directory's.
+    """
+    path = root / _private_name()
+    _in_use.add(path.name)
+    try:
+        os.mkdir(path)
+        yield path
+    except OSError as error:
+        remove_quietly(path)
+        if error.errno in _NO_SPACE and not isinstance(error, CheckpointSpaceError):
+            raise CheckpointSpaceError(root, needed, free_bytes(root)) from error
+        if error.filename is None:
+            error.filename = str(root)
+        raise
+    finally:
+        remove_quietly(path)
+        _in_use.remove(path.name)
+
+
+def remove_quietly(path: Path) -> None:
+    """Removes a file or a directory tree without following links; what resists stays for a later collection."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return
+    if stat.S_ISDIR(mode):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def retire(path: Path) -> None:
+    """Removes a published directory: first renamed to a private name, so that nobody ever sees a part of it."""
+    doomed = path.parent / _private_name()
+    os.rename(path, doomed)
+    remove_quietly(doomed)
+
+
+def collect_orphans(root: Path) -> list[Path]:
+    """Removes the private directories in `root` whose owner is gone, and returns them.
+
+    Gone: no process has that pid, or one that started at another time, or this one has done with it. A directory made
+    on another host or in another process namespace tells nothing of its owner: it goes after 24 hours without a change.
+    """
+    gone = []
+    for entry in sorted(os.listdir(root)):
+        found = _PRIVATE.fullmatch(entry)
+        if found and _is_orphan(root / entry, int(found[1]), int(found[2]), found[3]):
+            remove_quietly(root / entry)
+            gone.append(root / entry)
+    return gone
+
+
+@contextlib.contextmanager
+def lock_directory(root: Path | str) -> Iterator[None]:
+    """Holds `root` (made if missing) for one writer; ends with the process, however that ends.
+
+    Forked children (DataLoader workers) do not hold it, so a killed trainer can be restarted at once.
+    Raises DirectoryInUseError naming the holder's pid. Where the file system has no locks, warns and goes on.
+    """
+    _register_release()
+    root = Path(root)
+    make_directory(root)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(root / ".lock", flags, 0o666)
+    _held.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.pread(descriptor, 32, 0).strip()
+            raise DirectoryInUseError(root, int(text) if text.isdigit() else None) from None
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            warnings.warn(f"the file system of {str(root)!r} has no locks ({error.strerror}): a second writer cannot "
+                          "be refused", stacklevel=3)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        yield
+    finally:
+        if descriptor in _held:  # not in a child of fork, which has closed it
+            _held.remove(descriptor)
+            os.close(descriptor)  # the file stays: removing it would let two processes lock two files of one name
+
+
+@functools.cache
+def _register_release() -> None:
+    """Once per process, and not at import: a child of fork shares its parent's locks until it closes them."""
+    def release() -> None:
+        while _held:
+            os.close(_held.pop())
+
+    os.register_at_fork(after_in_child=release)
+
+
+def _private_name() -> str:
+    return f".inflight-{os.getpid()}-{_start_time(os.getpid())}-{_host()}-{secrets.token_hex(6)}"
+
+
+def _chunks(descriptor: int, start: int, end: int) -> Iterator[bytes]:
+    while start < end:
+        chunk = os.pread(descriptor, min(CHUNK, end - start), start)
+        if not chunk:
+            return
+        start += len(chunk)
+        yield chunk
+
+
+def _is_orphan(path: Path, pid: int, start: int, host: str) -> bool:
+    if host != _host():
+        with contextlib.suppress(OSError):
+            return time.time() - os.lstat(path).st_mtime > FOREIGN_ORPHAN_SECONDS
+        return False
+    if pid == os.getpid():
+        return path.name not in _in_use
+    if start and Path("/proc/self/stat").exists():
+        return _start_time(pid) != start
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _start_time(pid: int) -> int:
+    """Clock ticks from boot to the start of process `pid`: with the pid, an identity. 0: it is gone, or no /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    fields = text.rpartition(")")[2].split()  # from the third on: the name in parentheses may hold anything
+    return 0 if fields[0] in "ZX" else int(fields[19])  # a zombie writes no more
+
+
+def _host() -> str:
+    """Tells hosts and process namespaces apart: a pid means something only within one."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]

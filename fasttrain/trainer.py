@@ -1,0 +1,372 @@
+"""Trainer: from a model and its parts to a run. It wires and checks; the loop is in training_loop.py.
+
+    Trainer(model=model, train_dataloader=loader, config=TrainConfig(max_steps=1000), checkpoint_dir="run").train()
+
+Everything but the model is optional: without an optimizer it builds AdamW, without a scheduler the one the config
+names, and what needs a part that is missing says so. The same command run again continues where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from . import assembly
+from .amp import choose_policy
+from .batch_stream import BatchStream, peek_batches
+from .callbacks import Hooks, JsonlLogger, Run
+from .checkpointing import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_manifest,
+    save_checkpoint,
+)
+from .config import TrainConfig, load_config, to_dict
+from .evaluation import EvalResult, evaluate
+from .generation import generate
+from .losses import LossFunction, batch_loss, check_is_causal
+from .optimizations import Optimization, apply_optimizations
+from .preflight import PreflightReport, preflight
+from .progress import Progress, print_report, time_report
+from .schedules import build_scheduler
+from .state import TrainState, load_model
+from .storage import lock_directory
+from .tokenization import tokenizer_from_dict, tokenizer_to_dict
+from .training_loop import Parts, fit, settle
+from .utils import Interruption, PhaseClock, format_duration, seed_all
+from .verification import Verification, verify_batch_math, verify_resume
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    status: str
+    """completed, stopped (a callback or a non-finite step asked for it) or interrupted (a signal)."""
+    step: int
+    """Optimizer steps taken, of this and all earlier sessions."""
+    tokens_seen: int
+    """Target tokens trained on."""
+    train_loss: float
+    """Mean training loss of the latest log interval, nats per target; NaN before the first."""
+    val_loss: float | None
+    """Latest validation loss, or None without validation data."""
+    best_val_loss: float | None
+    """Lowest validation loss."""
+    checkpoint: Path | None
+    """Newest checkpoint of this run."""
+    nonfinite_steps: int
+    """Steps whose update was skipped because loss or gradient were not finite."""
+    seconds: float
+    """Wall-clock time of this session."""
+    time_by_phase: dict[str, float]
+    """Where it went, in seconds: startup, data, forward_backward, optimizer, eval, save, log, other; adds up."""
+    reason: str
+    """Why it ended, in words."""
+
+
+class Trainer:
+    """Holds the parts of a run between calls. See the module's docstring and `TrainConfig`.
+
+    Args:
+        model: any nn.Module that returns logits, (logits, loss), or an object or dict with `.logits`/`.loss`.
+        train_dataloader, val_dataloader: any iterables of batches (see `losses.py` for the forms of a batch).
+        optimizer, scheduler: any of torch's; built from the config if None.
+        config: TrainConfig, a dict of its fields, or the path of a TOML or JSON file.
+        checkpoint_dir: where checkpoints, metrics.jsonl and samples go; None writes nothing.
+        use_amp: True: the best reduced precision that is faster on this device; False: float32; None: as
+            `config.precision` says.
+        loss_fn: (model, batch) -> (loss_sum, num_targets), instead of next-token cross-entropy.
+        tokenizer: for text in and out; default: the training data's, else the model's.
+        callbacks: see `callbacks.py`; progress and metrics.jsonl come by themselves.
+    """
+
+    def __init__(self, model: nn.Module, train_dataloader: Iterable[Any] | None = None,
+                 val_dataloader: Iterable[Any] | None = None, optimizer: Optimizer | None = None,
+                 scheduler: LRScheduler | None = None,
+                 config: TrainConfig | Mapping[str, Any] | str | Path | None = None,
+                 checkpoint_dir: str | Path | None = None, use_amp: bool | None = None, *,
+                 loss_fn: LossFunction | None = None, tokenizer: Any = None, callbacks: Sequence[Any] = ()) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+        if scheduler is not None and optimizer is None:
+            raise ValueError("scheduler was passed without the optimizer that it drives; pass optimizer= too")
+        self.config: TrainConfig = load_config(config, TrainConfig)
+        self.model, self.device = assembly.place_model(model)
+        self.train_dataloader, self.val_dataloader = train_dataloader, val_dataloader
+        self.optimizer, self.scheduler, self.loss_fn = optimizer, scheduler, loss_fn
+        if loss_fn is None:
+            check_is_causal(model)
+        if optimizer is not None:
+            assembly.check_optimizer(model, optimizer, scheduler)
+        self.amp = choose_policy(self.config.precision, use_amp, self.device)
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.tokenizer = assembly.find_tokenizer(tokenizer, train_dataloader, model)
+        self.callbacks = list(callbacks)
+        self.progress = Progress()
+        self.optimizations: list[Optimization] = []
+        self.resumed_from: Path | None = None
+        """The checkpoint directory whose state this trainer continues, or None."""
+        self.state: TrainState | None = None
+        """Built at the first need; None until then."""
+        self._checkpoint: Path | None = None
+        Hooks(self.callbacks)  # refuses what is no callback now rather than in train()
+
+    def train(self, resume: str | Path | bool | None = "auto") -> TrainResult:
+        """Trains until a limit of the config, a callback or a signal ends it; the checkpoint is written then.
+
+        Args:
+            resume: "auto" continues the newest good checkpoint in `checkpoint_dir`, if any; a path continues that
+                one; False or None starts afresh (in a directory without checkpoints).
+
+        Raises:
+            ValueError: something is missing or does not fit; nothing was trained then.
+        """
+        if self.train_dataloader is None:
+            raise ValueError("train() needs data, and train_dataloader is None; pass it to the Trainer")
+        assembly.check_limits(self.config)
+        interruption, clock = Interruption(), PhaseClock()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(interruption.watch())
+            if self.checkpoint_dir is not None:
+                self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_directory(self.checkpoint_dir))
+            if self.config.deterministic:
+                stack.enter_context(assembly.deterministic_algorithms())
+            state = self._ready_state(resume)
+            self._print_startup(state, self.preflight() if self.config.preflight else None)
+            clock.mark("startup")
+            status = self._run(state, interruption, clock)
+        return self._finish(state, status, interruption, clock)
+
+    def evaluate(self, dataloader: Iterable[Any] | None = None) -> EvalResult:
+        """Scores the model on `dataloader` (default: val_dataloader); training state is left as it is."""
+        return self._evaluate(dataloader, None)
+
+    def generate_text(self, prompt: Any, max_new_tokens: int | None = None, temperature: float | None = None,
+                      **options: Any) -> Any:
+        """Continues a prompt: str -> str, list of str -> list of str. Options are GenerationConfig's fields.
+
+        Private randomness and eval mode: calling it in the middle of a run changes nothing in the training.
+        """
+        if self.tokenizer is None:
+            raise ValueError("generate_text needs a tokenizer; pass Trainer(..., tokenizer=...), or data or a model "
+                             "with a .tokenizer, or load a checkpoint that holds one")
+        given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        options.update({name: value for name, value in given.items() if value is not None})
+        return generate(self.model, prompt, tokenizer=self.tokenizer, **options)
+
+    def save_checkpoint(self) -> Path:
+        """Writes the whole training state to `checkpoint_dir` and returns the checkpoint's directory."""
+        if self.checkpoint_dir is None:
+            raise ValueError("save_checkpoint() needs a place, and checkpoint_dir is None; pass Trainer(..., "
+                             "checkpoint_dir=...)")
+        if self.train_dataloader is None:
+            raise ValueError("save_checkpoint() saves a training state, and there is none without train_dataloader")
+        state = self._built_state()
+        settle(state, self._resolved(), Parts())
+        return self._write_checkpoint(state)
+
+    def load_checkpoint(self, path: str | Path) -> Path:
+        """Loads a checkpoint (or the newest good one, if `path` holds several): the whole training state if there
+        is a train_dataloader, else the weights alone. Returns the directory that was loaded."""
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"checkpoint {str(path)!r} is not a directory; pass a step-... directory or the "
+                             "checkpoint_dir that holds them")
+        if not path.name.startswith("step-"):
+            newest = latest_checkpoint(path, log=self.progress.log)
+            if newest is None:
+                raise ValueError(f"{str(path)!r} holds no checkpoint that verifies")
+            path = newest
+        if self.train_dataloader is not None:
+            self._restore(self._built_state(), path)
+        else:
+            load_model(self.model, load_checkpoint(path, ("model",))["model"])
+            self._adopt_metadata(read_manifest(path).metadata)
+        self.resumed_from = path
+        return path
+
+    def preflight(self) -> PreflightReport:
+        """Checks in seconds whether the run can end well: a training batch forward and backward, an evaluation batch,
+        the disk, the limits and intervals. Raises where it cannot; changes nothing. `train()` does it by itself."""
+        config = self._resolved()
+        one = None if self.val_dataloader is None else lambda: self._evaluate(None, None, max_batches=1)
+        return preflight(self._built_state(), config, self._parts(), checkpoint_dir=self.checkpoint_dir,
+                         evaluate_one=one)
+
+    def verify_resume(self, steps: int = 4) -> Verification:
+        """Proves on this model and data that a resumed run is the same run, bit for bit; puts everything back."""
+        return self._told(verify_resume(self._built_state(), self._resolved(), self._parts(), steps))
+
+    def verify_batch_math(self, num_parts: int = 0) -> Verification:
+        """Proves on this model and the first training batch that micro-batches give the gradients of the whole."""
+        batches = peek_batches(self.train_dataloader or (), 1)
+        if not batches:
+            raise ValueError("verify_batch_math() needs a train_dataloader that yields a batch and can be read again")
+        tolerance = 1e-4 if self.amp.dtype == torch.float32 else 5e-2
+        return self._told(verify_batch_math(self.model, self.loss_fn or batch_loss, batches[0], num_parts=num_parts,
+                                            autocast=self.amp.autocast, tolerance=tolerance))
+
+    def _told(self, outcome: Verification) -> Verification:
+        self.progress.log(f"{'verified' if outcome.ok else 'NOT verified'}: {outcome.summary}")
+        return outcome
+
+    def _parts(self) -> Parts:
+        return Parts(loss_fn=self.loss_fn or batch_loss, autocast=self.amp.autocast)
+
+    def _resolved(self) -> TrainConfig:
+        return assembly.resolve_accumulation(self.config, self.train_dataloader or ())
+
+    def _built_state(self) -> TrainState:
+        if self.state is None:
+            config, loader = self._resolved(), self.train_dataloader or ()
+            model, self.optimizations = apply_optimizations(self.model, config, self.device)
+            optimizer = self.optimizer or assembly.build_optimizer(self.model, config)
+            scheduler = self.scheduler or build_scheduler(
+                optimizer, config, assembly.planned_steps(config, loader) or 0)
+            stream = BatchStream(loader, max_epochs=config.max_epochs, log=self.progress.log)
+            stateful = [callback for callback in self.callbacks if hasattr(callback, "state_dict")]
+            self.state = TrainState(model, optimizer, stream, scheduler, self.amp.build_scaler(), stateful)
+        return self.state
+
+    def _ready_state(self, resume: str | Path | bool | None) -> TrainState:
+        fresh = self.state is None
+        state = self._built_state()
+        explicit = isinstance(resume, (str, Path)) and resume != "auto"
+        if explicit:
+            self.load_checkpoint(str(resume))
+        root = self.checkpoint_dir
+        newest = None if root is None else latest_checkpoint(root, log=self.progress.log)
+        if fresh and not explicit:
+            if newest is not None and resume:
+                self.load_checkpoint(newest)
+            elif newest is not None or (root is not None and list_checkpoints(root)):
+                what = "" if newest is not None else ", none of which verifies"
+                raise ValueError(f"checkpoint_dir {str(root)!r} holds checkpoints{what}, and a fresh run would mix "
+                                 "with them; choose another directory, move them away, or use resume='auto'")
+            else:
+                seed_all(self.config.seed)
+        elif newest is not None and read_manifest(newest).step > state.step:
+            raise ValueError(f"the run would continue at step {state.step}, but checkpoint_dir {str(root)!r} holds "
+                             f"{newest.name}, which the next resume would take instead; move it away or choose "
+                             "another checkpoint_dir")
+        state.stop_reason = ""
+        return state
+
+    def _restore(self, state: TrainState, path: Path) -> None:
+        metadata = read_manifest(path).metadata
+        self._adopt_metadata(metadata)
+        state.restore(load_checkpoint(path))
+        saved = metadata.get("config", {})
+        for change in assembly.config_changes(saved, self.config):
+            self.progress.log(f"config changed since the checkpoint: {change}")
+        if self.optimizer is None and self.scheduler is None:
+            assembly.adopt_hyperparameters(state.optimizer, state.scheduler, saved, self.config)
+        self._checkpoint = path
+
+    def _adopt_metadata(self, metadata: Mapping[str, Any]) -> None:
+        if self.tokenizer is None and metadata.get("tokenizer") is not None:
+            self.tokenizer = tokenizer_from_dict(metadata["tokenizer"])
+        saved = metadata.get("precision")
+        if self.config.precision == "auto" and saved is not None and saved != str(self.amp.dtype):
+            self.progress.log(f"precision: {saved} as the checkpoint was trained, not {self.amp.dtype} "
+                              f"({self.amp.reason})")
+            self.amp = dataclasses.replace(self.amp, dtype=getattr(torch, saved.removeprefix("torch.")),
+                                           reason="as in the checkpoint", needs_scaler=saved == "torch.float16")
+
+    def _evaluate(self, dataloader: Iterable[Any] | None, interruption: Interruption | None,
+                  max_batches: int | None = None) -> EvalResult:
+        loader = dataloader if dataloader is not None else self.val_dataloader
+        if loader is None:
+            raise ValueError("evaluate() needs data: pass a dataloader, or Trainer(..., val_dataloader=...)")
+        return evaluate(self.model, loader, loss_fn=self.loss_fn, device=self.device, autocast=self.amp.autocast,
+                        max_batches=self.config.eval_max_batches if max_batches is None else max_batches,
+                        interrupted=None if interruption is None else interruption.__bool__)
+
+    def _run(self, state: TrainState, interruption: Interruption, clock: PhaseClock) -> str:
+        config = self._resolved()
+        own = [] if any(isinstance(callback, JsonlLogger) for callback in self.callbacks) else [JsonlLogger()]
+        hooks = Hooks([*self.callbacks, *own, self.progress], log=self.progress.log)
+
+        def save() -> None:
+            try:
+                path = self._write_checkpoint(state)
+            except OSError as error:
+                self.progress.log(f"WARNING: step {state.step} could not be saved, training goes on: {error}")
+                return
+            hooks.fire("on_save", state, path)
+
+        parts = dataclasses.replace(
+            self._parts(), hooks=hooks, clock=clock,
+            evaluate=None if self.val_dataloader is None else lambda: self._evaluate(None, interruption),
+            save=None if self.checkpoint_dir is None else save, interrupted=interruption.__bool__)
+        continued = self.resumed_from is not None or state.step > 0 or state.window.micro_step > 0
+        run = Run(config, self.checkpoint_dir, state.step if continued else None,
+                  assembly.planned_steps(config, self.train_dataloader or ()), self.progress.log,
+                  None if self.tokenizer is None else self.generate_text)
+        hooks.fire("on_train_start", state, run)
+        try:
+            status = fit(state, config, parts)
+        except BaseException as error:
+            hooks.fire("on_exception", state, error)
+            raise
+        hooks.fire("on_train_end", state, status)
+        return status
+
+    def _write_checkpoint(self, state: TrainState) -> Path:
+        assert self.checkpoint_dir is not None
+        counters = state.counters
+        measured = counters.last_eval_step == state.step and not state.window.micro_step
+        metadata = {
+            "config": to_dict(self.config), "model_class": type(self.model).__name__,
+            "model_config": assembly.model_config_of(self.model), "precision": str(self.amp.dtype),
+            "tokenizer": None if self.tokenizer is None else tokenizer_to_dict(self.tokenizer),
+            "val_loss": counters.last_val_loss if measured else None, "tokens_seen": counters.tokens_seen,
+        }
+        path = save_checkpoint(self.checkpoint_dir, state.step, state.capture(), metadata=metadata)
+        self._checkpoint = path
+        prune_checkpoints(self.checkpoint_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
+        return path
+
+    def _print_startup(self, state: TrainState, checked: PreflightReport | None) -> None:
+        config, loader = self._resolved(), self.train_dataloader or ()
+        steps, tokens = assembly.planned_steps(config, loader), assembly.tokens_per_step(config, loader)
+        rows = [
+            ("device", str(self.device)),
+            ("precision", f"{str(self.amp.dtype).removeprefix('torch.')}: {self.amp.reason}"),
+            ("parameters", assembly.describe_parameters(self.model)),
+            ("step", f"{config.grad_accum_steps} micro-batches" + (f", {tokens:,} tokens" if tokens else "")),
+            ("steps", f"{steps:,}" if steps else "until the data, max_tokens or max_seconds end the run"),
+            ("optimizer", type(state.optimizer).__name__),
+            ("resumed from", str(self.resumed_from or "nothing: a fresh run")),
+            *((item.name, f"{'on' if item.on else 'off'}: {item.reason}") for item in self.optimizations),
+            *(checked.rows() if checked is not None else ()),
+        ]
+        print_report(f"fasttrain: {type(self.model).__name__}", rows, self.progress.stream)
+
+    def _finish(self, state: TrainState, status: str, interruption: Interruption, clock: PhaseClock) -> TrainResult:
+        counters, seconds = state.counters, sum(clock.seconds.values())
+        reason = state.stop_reason or state.stream.end_reason or "the limit of the config was reached"
+        if status == "interrupted":
+            reason = f"{interruption.requested}; run the same command again to continue"
+        print_report(f"{status} at step {state.step}: {reason}", [
+            ("time", format_duration(seconds)), *time_report(clock.seconds),
+            ("checkpoint", str(self._checkpoint or "none"))], self.progress.stream)
+        evaluated = counters.last_eval_step >= 0
+        return TrainResult(
+            status=status, step=state.step, tokens_seen=counters.tokens_seen, train_loss=counters.train_loss,
+            val_loss=counters.last_val_loss if evaluated else None,
+            best_val_loss=counters.best_val_loss if evaluated else None, checkpoint=self._checkpoint,
+            nonfinite_steps=counters.nonfinite_steps, seconds=seconds, time_by_phase=dict(clock.seconds), reason=reason)

@@ -1,0 +1,297 @@
+"""The training loop: `fit` is the schedule, `train_step` is one optimizer update. Read this file first.
+
+    from fasttrain.training_loop import fit, TrainState, BatchStream
+    fit(TrainState(model, optimizer, BatchStream(loader)), TrainConfig(max_steps=1000))
+
+is a whole training run, and `fit` is short enough to copy into a script and change. The loop knows no model, writes
+no file and prints nothing: what to evaluate, where to save and what to show are functions and callbacks passed in.
+
+One step is exact whatever the micro-batches look like: gradients of *summed* losses are accumulated and divided once
+by the number of targets in the whole window. The verdict on NaN and infinity falls before the update, on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from .batch_stream import BatchStream
+from .callbacks import Hooks
+from .config import TrainConfig
+from .evaluation import EvalResult, EvaluationInterrupted, to_device
+from .losses import LossFunction, batch_loss
+from .ops.adamw import AdamW, global_norm
+from .state import Pending, TrainState
+from .utils import PhaseClock, device_of, on_host, read_scalar
+
+__all__ = ["BatchStream", "Parts", "TrainState", "fit", "train_step"]
+
+MAX_NONFINITE_IN_A_ROW = 100
+"""With nonfinite='skip', so many skipped steps one after the other end the run: nothing is being learnt."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The functions that a loop is assembled from; every default is the plain choice."""
+
+    loss_fn: LossFunction = batch_loss
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    hooks: Hooks = field(default_factory=Hooks)
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    evaluate: Callable[[], EvalResult] | None = None
+    """Scores the model on the validation data."""
+    save: Callable[[], None] | None = None
+    """Writes a checkpoint of the state."""
+    interrupted: Callable[[], Any] = bool
+    """True once the process was asked to end; asked after every micro-batch. (`bool()` is False.)"""
+
+
+def fit(state: TrainState, config: TrainConfig, parts: Parts | None = None) -> str:
+    """Trains until a limit of `config`, the data, a callback or a signal ends it.
+
+    Returns "completed", "stopped" (a callback, or nonfinite="stop") or "interrupted". The phases of a step come in a
+    fixed order: step, log, evaluate, best and stop, save.
+    """
+    parts = parts or Parts()
+    hooks, clock = parts.hooks, parts.clock
+    state.model.train()
+    adopt_clipping(state, config)
+    interrupted = bool(parts.interrupted())
+    saved_step = state.step if state.step else -1
+    # A signal may have cut off the evaluation that was due where the checkpoint was taken.
+    if parts.evaluate is not None and state.step and due(state.step, config.eval_every_steps) \
+            and state.counters.last_eval_step != state.step:
+        interrupted = not run_evaluation(state, config, parts, parts.evaluate)
+    while not (interrupted or state.stop_reason or limit_reached(state, config, clock)):
+        if not train_step(state, config, parts):  # the data are over, or a signal came inside the window
+            interrupted = bool(parts.interrupted())
+            break
+        hooks.fire("on_step", state)
+        if due(state.step, config.log_every_steps):
+            log(state, config, parts)
+        if parts.evaluate is not None and due(state.step, config.eval_every_steps):
+            interrupted = not run_evaluation(state, config, parts, parts.evaluate)
+        interrupted = interrupted or bool(parts.interrupted())
+        if state.stop_reason or interrupted:
+            break
+        if parts.save is not None and due(state.step, config.save_every_steps):
+            save(state, config, parts, parts.save)
+            saved_step = state.step
+    settle(state, config, parts)
+    if not interrupted:
+        if state.counters.interval_targets or state.counters.interval_nonfinite:
+            log(state, config, parts)
+        if parts.evaluate is not None and state.counters.last_eval_step != state.step:
+            interrupted = not run_evaluation(state, config, parts, parts.evaluate)
+    if parts.save is not None and (saved_step != state.step or state.window.micro_step):
+        save(state, config, parts, parts.save)
+    clock.mark("other")
+    return "interrupted" if interrupted else "stopped" if state.stop_reason else "completed"
+
+
+def train_step(state: TrainState, config: TrainConfig, parts: Parts) -> bool:
+    """One optimizer step over `grad_accum_steps` micro-batches, or over what is left when the data end.
+
+    Continues a window that a checkpoint left open. False if no step was taken: no data, or interrupted inside the
+    window (whose gradients then stay in place).
+    """
+    device, window, clock = device_of(state.model), state.window, parts.clock
+    while window.micro_step < config.grad_accum_steps:
+        clock.mark("other")
+        batch = state.stream.next_batch()
+        if batch is None:
+            if window.micro_step == 0:
+                return False
+            break  # the data end inside a window: a shorter step, exact because targets are counted
+        batch = to_device(batch, device)
+        clock.mark("data")
+        with parts.autocast():
+            loss_sum, num_targets = parts.loss_fn(state.model, batch)
+        (loss_sum if state.scaler is None else state.scaler.scale(loss_sum)).backward()  # type: ignore[no-untyped-call]
+        window.add(loss_sum.detach(), num_targets, most_elements(batch))
+        clock.mark("forward_backward")
+        if parts.interrupted() and window.micro_step < config.grad_accum_steps:
+            return False
+    settle(state, config, parts)  # the verdict on the step before decides this one's learning rate
+    apply_update(state, config)
+    if on_host(device):  # reading host memory waits for nothing, so there is no reason to lag behind
+        settle(state, config, parts)
+    clock.mark("optimizer")
+    return True
+
+
+def apply_update(state: TrainState, config: TrainConfig) -> None:
+    """Turns the window's gradient sums into one update, unless loss or gradient are not finite."""
+    window, optimizer = state.window, state.optimizer
+    assert window.loss_sum is not None and window.num_targets is not None
+    per_target, refused = _judge(window.loss_sum, window.num_targets)
+    if isinstance(optimizer, AdamW) and state.scaler is None:
+        optimizer.step(grad_scale=per_target, found_inf=refused)
+        norm, skipped = optimizer.grad_norm, optimizer.last_found_inf
+    else:
+        norm, skipped = _update_with_foreign_optimizer(state, config.max_grad_norm, per_target, refused)
+    optimizer.zero_grad(set_to_none=True)
+    if norm is None or skipped is None:
+        raise ValueError("no parameter that the optimizer holds received a gradient; check that the loss depends on "
+                         "the model's trainable parameters and that the optimizer was given them")
+    state.pending = Pending.of(window.loss_sum, window.num_targets, norm, skipped, most_targets=window.most_targets)
+    window.clear()
+    state.counters.step += 1
+
+
+def _judge(loss_sum: Tensor, num_targets: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(1 / number of targets, not 0 if the loss alone forbids an update), without waiting for the device.
+
+    A window without a target has nothing to say either: a zero gradient would still decay weights and moments.
+    """
+    if on_host(loss_sum.device):
+        loss, count = read_scalar(loss_sum), read_scalar(num_targets)
+        return 1.0 / max(1.0, count), float(not math.isfinite(loss) or count == 0)
+    refused = (~torch.isfinite(loss_sum)) | (num_targets == 0)
+    return num_targets.clamp(min=1).to(torch.float32).reciprocal(), refused.to(torch.float32)
+
+
+def _update_with_foreign_optimizer(state: TrainState, max_grad_norm: float, per_target: Tensor | float,
+                                   refused: Tensor | float) -> tuple[Tensor | None, Tensor | None]:
+    """The same for any torch optimizer: they cannot be told to skip on the device, so the verdict is read here, one
+    wait per step (free on the CPU)."""
+    optimizer, scaler = state.optimizer, state.scaler
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        return None, None
+    if any(grad.is_sparse for grad in grads):
+        raise ValueError("a parameter has a sparse gradient; use dense ones (Embedding(sparse=False))")
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = global_norm(grads) * per_target
+    length = read_scalar(norm)
+    skip = not math.isfinite(length) or bool(read_scalar(refused))
+    if not skip:
+        clip = min(1.0, max_grad_norm / (length + 1e-6)) if max_grad_norm else 1.0
+        torch._foreach_mul_(grads, per_target * clip)
+        if scaler is not None:
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
+    if scaler is not None:
+        scaler.update()
+    return norm, torch.full((), float(skip), device=norm.device)
+
+
+def settle(state: TrainState, config: TrainConfig, parts: Parts) -> None:
+    """Books the latest step: counters, the scheduler (real updates only), the policy for non-finite steps.
+
+    The loop calls this when the next step's work is already queued on the device, so the wait costs nothing there.
+    """
+    if state.pending is None:
+        return
+    loss_sum, num_targets, norm, skipped = state.pending.read()
+    state.pending = None
+    counters = state.counters
+    counters.tokens_seen += int(num_targets)
+    counters.last_grad_norm, counters.last_lr = norm, float(state.optimizer.param_groups[0]["lr"])
+    counters.last_loss = loss_sum / num_targets if num_targets else math.nan
+    if not skipped:
+        counters.interval_loss += loss_sum
+        counters.interval_targets += int(num_targets)
+        counters.nonfinite_in_a_row = 0
+        if state.scheduler is not None and not isinstance(state.scheduler, ReduceLROnPlateau):
+            state.scheduler.step()
+    elif not num_targets:
+        counters.empty_steps += 1
+    else:
+        counters.nonfinite_steps += 1
+        counters.nonfinite_in_a_row += 1
+        counters.interval_nonfinite += 1
+        # An overflow of scaled float16 gradients is the scaler feeling for its scale, not a sick run.
+        overflow = state.scaler is not None and math.isfinite(loss_sum)
+        if config.nonfinite == "stop" and not overflow:
+            state.request_stop(f"non-finite loss or gradient at step {state.step} (nonfinite='stop')")
+        elif counters.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
+            state.request_stop(f"{MAX_NONFINITE_IN_A_ROW} non-finite steps in a row, the last at step {state.step}")
+        parts.hooks.fire("on_nonfinite", state)
+
+
+def log(state: TrainState, config: TrainConfig, parts: Parts) -> None:
+    """One record of plain numbers to the callbacks; the only place that waits for the device on purpose."""
+    settle(state, config, parts)
+    counters, clock = state.counters, parts.clock
+    targets = counters.interval_targets
+    counters.train_loss = counters.interval_loss / targets if targets else counters.last_loss
+    record: dict[str, Any] = {
+        "loss": counters.train_loss,
+        "lr": counters.last_lr,
+        "grad_norm": counters.last_grad_norm,
+        "epoch": state.stream.epoch,
+        "tokens": counters.tokens_seen,
+        "nonfinite": counters.interval_nonfinite,
+        "nonfinite_steps": counters.nonfinite_steps,
+        "seconds": clock.elapsed(),
+        "phase_seconds": dict(clock.seconds),
+    }
+    counters.interval_loss, counters.interval_targets, counters.interval_nonfinite = 0.0, 0, 0
+    parts.hooks.fire("on_log", state, record)
+    clock.mark("log")
+
+
+def run_evaluation(state: TrainState, config: TrainConfig, parts: Parts, evaluate: Callable[[], EvalResult]) -> bool:
+    """Evaluates, keeps the best, lets callbacks decide. False if a signal came meanwhile."""
+    settle(state, config, parts)
+    parts.hooks.fire("on_eval_start", state)
+    parts.clock.mark("other")
+    try:
+        result = evaluate()
+    except EvaluationInterrupted:
+        return False
+    parts.clock.mark("eval")
+    counters = state.counters
+    counters.last_val_loss, counters.last_eval_step = result.loss, state.step
+    if result.loss < counters.best_val_loss:
+        counters.best_val_loss, counters.best_step = result.loss, state.step
+    if isinstance(state.scheduler, ReduceLROnPlateau):
+        state.scheduler.step(result.loss)
+    parts.hooks.fire("on_eval", state, result)
+    parts.clock.mark("log")
+    return True
+
+
+def save(state: TrainState, config: TrainConfig, parts: Parts, write: Callable[[], None]) -> None:
+    settle(state, config, parts)
+    parts.clock.mark("other")
+    write()
+    parts.clock.mark("save")
+
+
+def limit_reached(state: TrainState, config: TrainConfig, clock: PhaseClock) -> bool:
+    """Whether steps, tokens or seconds are used up (epochs are the stream's: it ends)."""
+    if config.max_steps and state.step >= config.max_steps:
+        return True
+    if config.max_seconds and clock.elapsed() >= config.max_seconds:
+        return True
+    return bool(config.max_tokens) and state.tokens_seen_exactly(config.max_tokens) >= config.max_tokens
+
+
+def adopt_clipping(state: TrainState, config: TrainConfig) -> None:
+    """Our AdamW clips inside its own pass; an optimizer that was given its own max_grad_norm keeps it."""
+    optimizer = state.optimizer
+    if isinstance(optimizer, AdamW) and optimizer.max_grad_norm is None and config.max_grad_norm:
+        optimizer.max_grad_norm = config.max_grad_norm
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def most_elements(batch: Any) -> int:
+    """Elements of the batch's largest tensor: no loss has more targets than that."""
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    values = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, (tuple, list)) else ()
+    return max((most_elements(value) for value in values), default=0)

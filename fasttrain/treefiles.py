@@ -1,0 +1,103 @@
+"""One tree's two files in a checkpoint directory: written and hashed in one pass, verified and mapped in another.
+
+`<name>.json` holds the plain data with a reference where a tensor stands, `<name>.safetensors` the tensors.
+Deliberately left out: when a checkpoint counts as complete, and which to use (checkpointing.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from fasttrain.manifest import FileEntry, TensorEntry, TreeEntry, structure_file, tensor_file
+from fasttrain.storage import hash_range, open_regular, read_all, write_file
+from fasttrain.tensorfile import TensorSpec, header_length, layout, map_tensors, parse_header, tensor_bytes
+from fasttrain.trees import MAX_JSON_BYTES, Tree, parse_json, unflatten_tree
+
+
+def write_tree(directory: int, name: str, text: bytes, tensors: Mapping[str, Tensor]) -> TreeEntry:
+    """Writes and fsyncs the files of tree `name` in `directory`; returns their entry for the manifest.
+
+    Each tensor's bytes are hashed twice, for its own hash and the file's: the first tells which tensor is damaged, the
+    second is what loading checks (and `sha256sum` prints).
+    """
+    structure = FileEntry(*write_file(directory, structure_file(name), [text]))
+    if not tensors:
+        return TreeEntry(structure, None, {})
+    header, specs = layout(tensors, name)
+    entries: dict[str, TensorEntry] = {}
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield header
+        for key, spec in specs.items():  # one tensor at a time: a copy to the CPU lives no longer than its write
+            view = tensor_bytes(tensors[key])
+            entries[key] = TensorEntry(spec.dtype, spec.shape, hashlib.sha256(view).hexdigest())
+            yield view
+
+    return TreeEntry(structure, FileEntry(*write_file(directory, tensor_file(name), pieces())), entries)
+
+
+def read_tree(directory: int, name: str, entry: TreeEntry) -> Tree:
+    """The tree `name` once its files are those that `entry` describes; ValueError or OSError says which is not.
+
+    Hashing, header and mapping use one descriptor, so the file that was verified is the file that is used.
+    """
+    file = structure_file(name)
+    with naming_file(file), open_regular(directory, file) as descriptor:
+        _check_size(descriptor, entry.structure)
+        text = read_all(descriptor, MAX_JSON_BYTES)
+        if hashlib.sha256(text).hexdigest() != entry.structure.sha256:
+            raise ValueError("its SHA-256 is not the manifest's")
+    structure = parse_json(text, file)
+    if entry.tensor_file is None:
+        return unflatten_tree(structure, {}, name)
+    file = tensor_file(name)
+    with naming_file(file), open_regular(directory, file) as descriptor:
+        _check_size(descriptor, entry.tensor_file)
+        if hash_range(descriptor, 0, entry.tensor_file.size) != entry.tensor_file.sha256:
+            raise ValueError(f"its SHA-256 is not the manifest's; {_locate_damage(descriptor, entry)}")
+        specs = _read_header(descriptor, entry.tensor_file.size)
+        listed = {key: (item.dtype, item.shape) for key, item in entry.tensors.items()}
+        if {key: (spec.dtype, spec.shape) for key, spec in specs.items()} != listed:
+            raise ValueError("its tensors are not those that the manifest lists")
+        tensors = dict(map_tensors(descriptor, specs))
+    return unflatten_tree(structure, tensors, name)
+
+
+def _read_header(descriptor: int, size: int) -> dict[str, TensorSpec]:
+    length = header_length(os.pread(descriptor, 8, 0), size, "header")
+    return parse_header(os.pread(descriptor, 8 + length, 0), size, "header")
+
+
+def _locate_damage(descriptor: int, entry: TreeEntry) -> str:
+    try:
+        specs = _read_header(descriptor, os.fstat(descriptor).st_size)
+    except ValueError as error:
+        return str(error)
+    bad = [key for key, spec in specs.items()
+           if key not in entry.tensors or hash_range(descriptor, spec.start, spec.end) != entry.tensors[key].sha256]
+    return f"damaged: tensor {', '.join(map(repr, bad[:5]))} ({len(bad)} in all)" if bad else "damaged: its header"
+
+
+def _check_size(descriptor: int, entry: FileEntry) -> None:
+    size = os.fstat(descriptor).st_size
+    if size != entry.size:
+        raise ValueError(f"it has {size} bytes; the manifest says {entry.size}")
+
+
+@contextlib.contextmanager
+def naming_file(name: str) -> Iterator[None]:
+    """Puts the file's name before whatever goes wrong inside."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}: {describe(error)}") from error
+
+
+def describe(error: Exception) -> str:
+    """The message, without Python's errno notation."""
+    return str(error.strerror) if isinstance(error, OSError) and error.strerror else str(error)

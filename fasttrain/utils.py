@@ -1,0 +1,223 @@
+"""Small helpers that every level may use: seeding, random state as plain tensors, devices, human units.
+
+Imports nothing of this package. Also the two small objects that watch a run: its clock
+and its signals. Deliberately left out: anything that writes files or reads the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import random
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_PYTHON, _NUMPY, _TORCH, _CUDA = "python", "numpy", "torch", "cuda:"
+
+
+def seed_all(seed: int) -> None:
+    """Seeds Python's, NumPy's and PyTorch's generators (CPU and every CUDA device)."""
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must not be negative")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def capture_rng() -> dict[str, Tensor]:
+    """The global generators' states as int64/uint8 tensors, ready for a checkpoint without pickle.
+
+    Keys: `python`, `numpy`, `torch`, and `cuda:i` for each device once CUDA is in use.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = cast("tuple[str, Any, int, int, float]", np.random.get_state())
+    if name != "MT19937":
+        raise ValueError(f"NumPy's global generator is {name!r}; only MT19937 (the default) can be saved")
+    states = {
+        _PYTHON: torch.tensor([version, gauss is not None, _float_bits(gauss or 0.0), *words], dtype=torch.int64),
+        _NUMPY: torch.tensor([position, has_gauss, _float_bits(cached), *keys.tolist()], dtype=torch.int64),
+        _TORCH: torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for index in range(torch.cuda.device_count()):
+            states[f"{_CUDA}{index}"] = torch.cuda.get_rng_state(index)
+    return states
+
+
+def restore_rng(states: Mapping[str, Tensor]) -> None:
+    """Puts back what `capture_rng` returned. States of CUDA devices that this machine lacks are left out."""
+    for name in (_PYTHON, _NUMPY, _TORCH):
+        if name not in states:
+            raise ValueError(f"random state lacks {name!r} (it has {sorted(states)}); pass what capture_rng() returned")
+    version, has_gauss, bits, *words = (int(word) for word in states[_PYTHON].tolist())
+    random.setstate((version, tuple(words), _bits_float(bits) if has_gauss else None))
+    position, cached, bits, *keys = (int(word) for word in states[_NUMPY].tolist())
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, cached, _bits_float(bits)))
+    torch.set_rng_state(states[_TORCH].cpu())
+    for name, state in states.items():
+        if name.startswith(_CUDA) and torch.cuda.is_available():
+            index = int(name[len(_CUDA):])
+            if index < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state.cpu(), index)
+
+
+@contextlib.contextmanager
+def preserve_rng() -> Iterator[None]:
+    """Whatever is drawn inside leaves the global generators as they were, also when it raises."""
+    states = capture_rng()
+    try:
+        yield
+    finally:
+        restore_rng(states)
+
+
+class PhaseClock:
+    """Where the wall-clock time goes. `mark(phase)` books everything since the previous mark, so the phases never
+    overlap and add up to the whole. Host time only: work queued on a GPU counts where the host waits for it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def elapsed(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._start
+
+
+class Interruption:
+    """A flag that SIGTERM and SIGINT set; `watch()` installs the handlers and puts the old ones back.
+
+    The handler does nothing else: saving inside one could find the optimizer half-way through an update. A second
+    signal raises KeyboardInterrupt at once. Outside the main thread Python allows no handlers: then nothing is
+    installed and signals act as before.
+    """
+
+    def __init__(self) -> None:
+        self.requested = ""
+        """Name of the signal that came, empty before."""
+
+    def __bool__(self) -> bool:
+        return bool(self.requested)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt(f"{signal.Signals(number).name} after {self.requested}")
+        self.requested = signal.Signals(number).name
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module, without torch.compile's and data-parallel wrappers (which would rename its parameters)."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter (else buffer) lives; the CPU for a module that has neither."""
+    tensors: Iterator[Tensor] = itertools.chain(model.parameters(), model.buffers())
+    first = next(tensors, None)
+    return torch.device("cpu") if first is None else first.device
+
+
+_HOST_DEVICES = ("cpu",)
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether a tensor there is memory that Python can look at without waiting for queued work."""
+    return device.type in _HOST_DEVICES
+
+
+def read_scalar(value: Tensor | float) -> float:
+    """A number, or a 0-d tensor as one. Where the tensor is not in host memory, this waits for the device."""
+    if not isinstance(value, Tensor):
+        return value
+    return float(value.numpy()) if on_host(value.device) else float(value.item())
+
+
+def peak_rss_bytes() -> int:
+    """Most resident memory this process has had, in bytes; 0 where the platform does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource  # a Unix-only module of the standard library
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def format_count(n: float) -> str:
+    """1234567 -> '1.23 M': three significant digits and a decimal prefix."""
+    for size, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(n) >= size * 0.9995:
+            return f"{_three_digits(n / size)} {prefix}"
+    return f"{n:g}" if isinstance(n, int) or float(n).is_integer() else _three_digits(n)
+
+
+def format_bytes(n: float) -> str:
+    """1536 -> '1.50 KiB': three significant digits and a binary prefix."""
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(n) >= size:
+            return f"{_three_digits(n / size)} {unit}"
+    return f"{int(n)} B"
+
+
+def format_duration(seconds: float) -> str:
+    """4 -> '4.0 s', 75 -> '1 min 15 s', 3725 -> '1 h 02 min'."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 60:
+        return f"{seconds * 1e3:.1f} ms" if 0 < seconds < 0.1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    minutes, hours = whole // 60, whole // 3600
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02d} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{minutes} min {whole % 60:02d} s"
+
+
+def _three_digits(value: float) -> str:
+    magnitude = abs(value)
+    return f"{value:.2f}" if magnitude < 9.995 else f"{value:.1f}" if magnitude < 99.95 else f"{value:.0f}"
+
+
+def _float_bits(value: float) -> int:
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
+
+
+def _bits_float(bits: int) -> float:
+    value: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return value

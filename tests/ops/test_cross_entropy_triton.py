@@ -1,0 +1,125 @@
+"""The Triton cross-entropy where there is no GPU: its launch shapes, its machine code, and its interpreted tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from triton_gate import DEVICES, run_interpreted
+
+from bench.triton_gate_table import Variant
+from fasttrain.kernels import cross_entropy as kernels
+
+TARGETS = list(DEVICES)
+ISSUE_BUDGET = {2: 17.0, 4: 34.0}
+"""Instructions per logit that an H100 issues in the time in which it moves the logit in and its gradient out, by bytes
+per logit: 128 lanes * 132 multiprocessors * 1.7 GHz / (3.35 TB/s / (2 * bytes))."""
+
+TYPICAL = [Variant("fused", "bf16", 32000), Variant("fused", "fp16", 32768), Variant("fused", "bf16", 50304, smoothed=True, z_loss=True),
+           Variant("fused", "fp32", 32000), Variant("fused", "bf16", 128256), Variant("backward", "bf16", 50304)]
+EVERY = [Variant(entry, dtype, num_classes, smoothed=terms, z_loss=terms, softcapped=cap)
+         for entry in ("fused", "forward", "backward") for dtype in ("bf16", "fp16", "fp32") for terms in (False, True)
+         for cap in (False, True) for num_classes in (1000, 8192, 16384, 32000, 32768, 50304, 65536, 128256, 262144)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Machine code is made anew for every test run, and kept nowhere else."""
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+def assert_clean(variant: Variant, target: str) -> None:
+    compiled = variant.compile(target)
+    assert compiled.spills == 0 and compiled.local_bytes == 0
+    assert compiled.wide_share >= 0.95
+    assert compiled.num_float_atomics == 0
+    row_bytes = variant.num_classes * (4 if variant.softcapped or variant.dtype == "fp32" else 2)
+    if variant.entry != "fused" or (row_bytes <= 64 << 10 and not variant.smoothed) or row_bytes > 128 << 10:
+        assert compiled.occupancy >= 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", TYPICAL, ids=lambda variant: variant.name)
+def test_machine_code_has_no_spills_and_only_wide_accesses(variant: Variant, target: str) -> None:
+    assert_clean(variant, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", EVERY, ids=lambda variant: variant.name)
+def test_machine_code_of_every_variant_is_clean(variant: Variant, target: str) -> None:
+    assert_clean(variant, target)
+
+
+@pytest.mark.parametrize(("variant", "size"), [(Variant("fused", "fp32", 32000), 4), (Variant("backward", "bf16", 50304), 2)],
+                         ids=["fused fp32", "backward bf16"])
+def test_instructions_leave_memory_the_bottleneck(variant: Variant, size: int) -> None:
+    assert variant.compile("sm_90").instructions_per_element <= ISSUE_BUDGET[size]
+
+
+def test_the_fused_16_bit_kernel_stays_within_a_tenth_of_the_issue_budget() -> None:
+    # The count includes the three instructions per logit that only the target's block executes.
+    assert Variant("fused", "bf16", 32000).compile("sm_90").instructions_per_element <= 1.1 * ISSUE_BUDGET[2]
+
+
+def test_rows_that_are_not_aligned_compile_without_spills() -> None:
+    for variant in (Variant("fused", "bf16", 50257, aligned=False), Variant("fused", "bf16", 32003, aligned=False)):
+        compiled = variant.compile("sm_90")
+        assert compiled.spills == 0 and compiled.shared_bytes <= 1024  # more would be a layout conversion in the loop
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_a_row_is_read_once_up_to_128_kib(element_size: int) -> None:
+    longest = (128 << 10) // element_size
+    shape = kernels.one_load_shape(longest, element_size)
+    assert shape is not None and shape.threads == 512
+    assert kernels.one_load_shape(longest + 1, element_size) is None
+    for num_classes in (1, 7, 1000, 32000, longest):
+        shape = kernels.one_load_shape(num_classes, element_size)
+        assert shape is not None and num_classes * element_size <= shape.threads * kernels.MAX_HELD_BYTES
+        assert shape.block == shape.threads * kernels.BYTES_PER_ACCESS // element_size
+
+
+@pytest.mark.parametrize("call", ["forward", "backward", "fused", "scale"])
+def test_cpu_tensors_are_refused_outside_the_interpreter(call: str) -> None:
+    logits, targets, ones = torch.zeros(2, 10), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    terms = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
+    with pytest.raises(ValueError, match=r"CPU tensor.*TRITON_INTERPRET=1"):
+        if call == "forward":
+            kernels.cross_entropy_forward(logits, targets, **terms)
+        elif call == "backward":
+            kernels.cross_entropy_backward(ones, logits, targets, ones, **terms)
+        elif call == "fused":
+            kernels.cross_entropy_fused(logits, targets, torch.ones(()), **terms)
+        else:
+            kernels.scale_inplace(logits, torch.ones(()))
+
+
+def test_interpreted_tests_pass() -> None:
+    run_interpreted(Path(__file__).with_name("interpreted_cross_entropy.py"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_the_reference() -> None:
+    from fasttrain.ops.cross_entropy import Terms, cross_entropy_reference
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for num_classes in (7, 1000, 32000, 50257, 50304, 128256):
+            logits = (torch.randn(64, num_classes, device="cuda") * 3).to(dtype)
+            targets = torch.randint(0, num_classes, (64,), device="cuda")
+            targets[5] = -100
+            terms = Terms(-100, 0.1, 1e-4, 30.0)
+            leaf = logits.double().requires_grad_()
+            want = cross_entropy_reference(leaf, targets, terms, "none")
+            (want_gradient,) = torch.autograd.grad(want.sum() / 2, leaf)
+            half = torch.tensor(0.5, device="cuda")
+            losses, lse, gradient = kernels.cross_entropy_fused(logits, targets, half, **terms._asdict())
+            backward = kernels.cross_entropy_backward(half.expand(64), logits, targets, lse, **terms._asdict())
+            torch.testing.assert_close(losses.double(), want, rtol=1e-5, atol=1e-5)
+            for got in (gradient, backward):
+                torch.testing.assert_close(got.double(), want_gradient, rtol=2 * torch.finfo(dtype).eps + 1e-4, atol=1e-6)

@@ -1,0 +1,123 @@
+"""Each switch does what it reports, changes no number, and can be turned back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fasttrain.config import TrainConfig
+from fasttrain.optimizations import apply_optimizations, repeated_blocks
+
+MEASURE_FAULTS = """
+import json, resource, torch
+from fasttrain.optimizations import tune_cpu_memory
+
+def faults_per_tensor():
+    for _ in range(3): torch.ones(8_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5): torch.ones(8_000_000)  # 32 MB: 7,813 pages of 4 KiB
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5
+
+def resident():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
+
+base = faults_per_tensor()
+switch = tune_cpu_memory()
+kept = faults_per_tensor()
+held = resident()
+switch.restore()
+given_back = held - resident()
+print(json.dumps({"on": switch.on, "reason": switch.reason, "base": base, "kept": kept, "after": faults_per_tensor(), "given_back_kib": given_back}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the policy is glibc's")
+def test_the_memory_policy_ends_page_faults_and_can_be_turned_back() -> None:
+    seen = json.loads(subprocess.run([sys.executable, "-c", MEASURE_FAULTS], capture_output=True, text=True, check=True).stdout)
+    if not seen["on"]:
+        assert "glibc" in seen["reason"]
+        return
+    assert seen["kept"] < 50
+    assert seen["after"] > 0.8 * seen["base"]  # 7,813, or 16 where huge pages are everybody's
+    assert seen["given_back_kib"] > 25_000
+
+
+def test_importing_does_not_change_the_allocator() -> None:
+    untouched = MEASURE_FAULTS.split("switch =")[0] + "print(base)"
+    code = untouched.replace("base = faults", "import fasttrain.trainer, fasttrain.ops, fasttrain.cli\nbase = faults"))
+    before, after = (float(subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout) for c in (untouched, code))
+    assert after > 0.8 * before
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        self.calls += 1
+        return x + scale * torch.tanh(self.linear(x))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)])
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, scale=0.5)
+        return x.square().sum()
+
+
+def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    model, x, config = Stack(), torch.randn(4, 8), TrainConfig(max_steps=1)
+    model(x).backward()
+    expected = [p.grad.clone() for p in model.blocks.parameters() if p.grad is not None]
+    names = list(model.state_dict())
+    model.zero_grad()
+    trained, decisions = apply_optimizations(model, replace(config, activation_checkpointing="full"), torch.device("cpu"))
+    try:
+        for block in model.blocks:
+            block.calls = 0
+        trained(x).backward()
+        assert [block.calls for block in model.blocks] == [2, 2, 2]
+        assert all(torch.equal(p.grad, e) for p, e in zip(model.blocks.parameters(), expected))
+        assert list(model.state_dict()) == names
+        with torch.no_grad():
+            trained(x)
+        assert model.blocks[0].calls == 3  # nothing to recompute without gradients
+    finally:
+        for decision in decisions:
+            decision.restore()
+    model(x).backward()
+    assert model.blocks[0].calls == 4
+
+
+def test_activation_checkpointing_of_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear holds no nn.ModuleList.*'none'"):
+        apply_optimizations(nn.Linear(2, 2), TrainConfig(activation_checkpointing="full"), torch.device("cpu"))
+
+
+def test_the_longest_uniform_list_is_taken_for_the_blocks() -> None:
+    model = Stack()
+    assert repeated_blocks(model) == list(model.blocks)
+
+
+def test_every_switch_reports_its_state_with_a_reason() -> None:
+    _, decisions = apply_optimizations(Stack(), TrainConfig(), torch.device("cpu"))
+    try:
+        assert {d.name: d.on for d in decisions}["torch.compile"] is False
+        assert all(d.reason for d in decisions) and len({d.name for d in decisions}) == len(decisions) == 5
+    finally:
+        for decision in decisions:
+            decision.restore()

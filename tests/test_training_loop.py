@@ -1,0 +1,421 @@
+"""The loop: exact batch maths, a verdict before the update, one clock, no reading of the device between logs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_runs import (
+    BATCH,
+    LENGTH,
+    VOCAB,
+    Bigram,
+    copy_of,
+    one_thread,  # noqa: F401
+    plain_loader,
+    tiny_gpt,
+    token_loader,
+    tokens,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fasttrain.batch_stream import BatchStream, peek_batches
+from fasttrain.callbacks import Callback, Hooks
+from fasttrain.config import TrainConfig
+from fasttrain.evaluation import EvalResult
+from fasttrain.losses import IGNORE
+from fasttrain.ops.adamw import AdamW
+from fasttrain.schedules import build_scheduler, lr_factor
+from fasttrain.state import TrainState
+from fasttrain.training_loop import MAX_NONFINITE_IN_A_ROW, Parts, fit
+from fasttrain.verification import first_difference
+
+X = tokens(12 * LENGTH).view(12, LENGTH)
+Y = torch.where(tokens(12 * LENGTH, seed=1).view(12, LENGTH) < 12, IGNORE, tokens(12 * LENGTH, seed=2).view(12, LENGTH))
+
+
+def make_state(batches: Any, model: nn.Module | None = None, optimizer: Any = None, *, max_epochs: int = 0,
+               scheduler: Any = None) -> TrainState:
+    model = model or Bigram()
+    optimizer = optimizer(model) if optimizer else AdamW(model.parameters(), lr=1e-2)
+    return TrainState(model, optimizer, BatchStream(batches, max_epochs=max_epochs),
+                      scheduler(optimizer) if scheduler else None)
+
+
+def weights(state: TrainState) -> Any:
+    return copy_of(dict(state.model.state_dict()))
+
+
+def sgd(model: nn.Module) -> Any:
+    """Its step is the gradient itself."""
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", [None, sgd])
+@pytest.mark.parametrize("sizes", [(12,), (6, 6), (1,) * 12, (5, 1, 6), (7, 3, 2)])
+def test_micro_batches_of_any_size_give_the_step_of_the_whole_batch(sizes: tuple[int, ...], optimizer: Any) -> None:
+    """Ragged targets: a mean of means would weigh a row with two targets like one with eight."""
+    bounds = [0, *itertools.accumulate(sizes)]
+    pieces = [(X[a:b], Y[a:b]) for a, b in itertools.pairwise(bounds)]
+    whole, split = make_state([(X, Y)], optimizer=optimizer), make_state(pieces, optimizer=optimizer)
+    for state, accum in ((whole, 1), (split, len(pieces))):
+        fit(state, TrainConfig(max_steps=3, grad_accum_steps=accum))
+    for (name, one), other in zip(whole.model.named_parameters(), split.model.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert whole.counters.tokens_seen == split.counters.tokens_seen == 3 * int((Y != IGNORE).sum())
+
+
+def test_a_step_is_the_gradient_of_the_mean_over_targets() -> None:
+    model = Bigram()
+    state = make_state([(X[:5], Y[:5]), (X[5:], Y[5:])], model, sgd)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = torch.autograd.grad(F.cross_entropy(model(X).flatten(0, 1), Y.flatten()), list(model.parameters()))
+    fit(state, TrainConfig(max_steps=1, grad_accum_steps=2, max_grad_norm=0.0))
+    for (name, p), gradient in zip(model.named_parameters(), expected):
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * gradient, rtol=1e-5, atol=1e-7)
+    norm = float(torch.cat([gradient.flatten() for gradient in expected]).norm())
+    assert state.counters.last_grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [None, sgd])
+def test_gradients_are_clipped_to_the_global_norm_of_the_mean(optimizer: Any) -> None:
+    model = Bigram()
+    optimizers = {None: AdamW, sgd: None}
+    state = make_state([(X, Y)], model, optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fit(state, TrainConfig(max_steps=1, max_grad_norm=0.01))
+    if optimizers[optimizer] is None:
+        moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in model.named_parameters()])
+        assert float(moved.norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+    else:
+        moments = torch.cat([entry["exp_avg"].flatten() for entry in state.optimizer.state.values()])
+        assert float(moments.norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+    assert state.counters.last_grad_norm > 0.1  # shown as it was before clipping
+
+
+def test_the_last_window_may_be_short_and_is_still_exact() -> None:
+    pieces = [(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])]
+    state = make_state(pieces, optimizer=sgd, max_epochs=1)
+    assert fit(state, TrainConfig(max_epochs=1, grad_accum_steps=2)) == "completed"
+    other = make_state([(X[:8], Y[:8]), (X[8:], Y[8:])], optimizer=sgd, max_epochs=1)
+    fit(other, TrainConfig(max_epochs=1))
+    assert state.step == other.step == 2
+    for one, two in zip(state.model.parameters(), other.model.parameters()):
+        torch.testing.assert_close(one, two)
+
+
+class Poisoned(Bigram):
+    """Its loss is not finite for a batch that starts with token 0."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = super().forward(input_ids)
+        if int(input_ids[0, 0]) != 0:
+            return logits
+        if self.how == "loss":
+            return logits * float("nan")
+        return logits + (logits.detach() * 0).masked_fill(logits == logits, 0) + _NanGradient.apply(logits)
+
+
+class _NanGradient(torch.autograd.Function):
+    """0 forward, NaN backward: a finite loss with a non-finite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * float("nan")
+
+
+def batch(first: int) -> tuple[Tensor, Tensor]:
+    x = X[:BATCH].clone()
+    x[0, 0] = first
+    return x, X[BATCH: 2 * BATCH]
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", [None, sgd, lambda model: torch.optim.AdamW(model.parameters())])
+def test_a_non_finite_step_leaves_every_bit_alone_and_is_counted(how: str, optimizer: Any) -> None:
+    """good, bad, good: the same weights, moments and learning rate as good, good."""
+    records: list[Any] = []
+    seen: list[int] = []
+
+    class Watch(Callback):
+        def on_log(self, state: TrainState, record: Any) -> None:
+            records.append(record)
+
+        def on_nonfinite(self, state: TrainState) -> None:
+            seen.append(state.step)
+
+    def decaying(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    state = make_state([batch(1), batch(0), batch(2)], Poisoned(how), optimizer, scheduler=decaying)
+    fit(state, TrainConfig(max_steps=3, log_every_steps=3), Parts(hooks=Hooks([Watch()])))
+    clean = make_state([batch(1), batch(2)], Poisoned(how), optimizer, scheduler=decaying)
+    fit(clean, TrainConfig(max_steps=2))
+    assert first_difference(weights(clean), weights(state)) == ""
+    assert first_difference(clean.optimizer.state_dict(), state.optimizer.state_dict()) == ""
+    assert clean.optimizer.param_groups[0]["lr"] == state.optimizer.param_groups[0]["lr"]
+    assert seen == [2] and state.counters.nonfinite_steps == 1 and records[0]["nonfinite"] == 1
+    assert math.isfinite(records[0]["loss"])  # over the steps that were trained on; the count stands beside it
+
+
+@pytest.mark.parametrize("optimizer", [None, sgd])
+def test_a_verdict_that_comes_one_step_late_changes_no_bit(monkeypatch: pytest.MonkeyPatch, optimizer: Any) -> None:
+    """As on a GPU, where the host reads a step's numbers only once the next step's work is queued."""
+    def decaying(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    outcomes = []
+    for host_devices in (("cpu",), ()):
+        monkeypatch.setattr("fasttrain.utils._HOST_DEVICES", host_devices)
+        lag: list[bool] = []
+
+        class Watch(Callback):
+            def on_step(self, state: TrainState) -> None:
+                lag.append(state.pending is not None)  # noqa: B023
+
+        nothing = (X[:2], torch.full_like(X[:2], IGNORE))
+        state = make_state([batch(1), batch(0), nothing, batch(2)], Poisoned("loss"), optimizer, scheduler=decaying)
+        fit(state, TrainConfig(max_tokens=9 * BATCH * LENGTH, log_every_steps=3), Parts(hooks=Hooks([Watch()])))
+        assert any(lag) == (not host_devices)
+        outcomes.append(copy_of({"weights": dict(state.model.state_dict()), "optimizer": state.optimizer.state_dict(),
+                                 "scheduler": state.scheduler.state_dict(), "counters": vars(state.counters)}))
+    for part in outcomes[0]:
+        if part == "weights":  # the clip factor is computed in float64 on the host and float32 on the device
+            for one, other in zip(outcomes[0][part].values(), outcomes[1][part].values()):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        elif part == "scheduler":
+            assert outcomes[0][part]["last_epoch"] == outcomes[1][part]["last_epoch"]
+    for name in ("step", "tokens_seen", "nonfinite_steps", "empty_steps", "last_lr"):
+        assert outcomes[0]["counters"][name] == outcomes[1]["counters"][name]
+
+
+def test_one_bad_micro_batch_discards_its_whole_window() -> None:
+    state = make_state([batch(1), batch(0)], Poisoned("loss"))
+    before = weights(state)
+    fit(state, TrainConfig(max_steps=1, grad_accum_steps=2))
+    assert first_difference(before, weights(state)) == "" and math.isnan(state.counters.train_loss)
+
+
+def test_the_policy_stop_ends_the_run_with_the_reason() -> None:
+    state = make_state([batch(1), batch(0), batch(2)], Poisoned("loss"))
+    assert fit(state, TrainConfig(max_steps=9, nonfinite="stop")) == "stopped"
+    assert state.step == 2 and "step 2" in state.stop_reason
+
+
+def test_nothing_but_non_finite_steps_ends_the_run() -> None:
+    state = make_state([batch(0)], Poisoned("loss"))
+    assert fit(state, TrainConfig(max_steps=10**6)) == "stopped"
+    assert state.step == MAX_NONFINITE_IN_A_ROW
+
+
+@pytest.mark.parametrize("optimizer", [None, sgd])
+def test_a_step_without_targets_changes_nothing_and_is_counted(optimizer: Any) -> None:
+    nothing = (X, torch.full_like(Y, IGNORE))
+    state = make_state([(X, Y), nothing, (X, Y)], optimizer=optimizer)
+    fit(state, TrainConfig(max_steps=3))
+    clean = make_state([(X, Y)], optimizer=optimizer)
+    fit(clean, TrainConfig(max_steps=2))
+    assert first_difference(weights(clean), weights(state)) == ""
+    assert (state.counters.empty_steps, state.counters.nonfinite_steps) == (1, 0)
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts the reads of a device value by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def plain_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss, (batch[1] != IGNORE).sum()
+
+
+def test_the_host_reads_no_device_value_between_logs() -> None:
+    state = make_state([(X, Y)] * 3, tiny_gpt())
+    fit(state, TrainConfig(max_steps=1), Parts(loss_fn=plain_loss))
+    with ScalarReads() as reads:
+        fit(state, TrainConfig(max_steps=11, grad_accum_steps=2, log_every_steps=100), Parts(loss_fn=plain_loss))
+    assert state.step == 11 and reads.count == 0
+    with ScalarReads() as reads:
+        X.sum().item()
+    assert reads.count == 1  # the counter works
+
+
+@pytest.mark.parametrize(("limits", "steps"), [
+    ({"max_steps": 4}, 4), ({"max_epochs": 2}, 6), ({"max_tokens": 5 * BATCH * LENGTH}, 5),
+    ({"max_tokens": 5 * BATCH * LENGTH + 1}, 6), ({"max_steps": 9, "max_tokens": BATCH * LENGTH}, 1)])
+def test_a_run_ends_at_the_first_limit(limits: Any, steps: int) -> None:
+    state = make_state(token_loader(3), max_epochs=limits.get("max_epochs", 0))
+    assert fit(state, TrainConfig(**limits)) == "completed"
+    assert state.step == steps and state.counters.tokens_seen == steps * BATCH * LENGTH
+
+
+def test_seconds_are_a_limit_too() -> None:
+    state = make_state(token_loader(3))
+    assert fit(state, TrainConfig(max_seconds=0.05)) == "completed"
+    assert state.step >= 1
+
+
+def test_phases_come_in_one_order_and_on_one_clock() -> None:
+    events: list[str] = []
+
+    class Watch(Callback):
+        def on_step(self, state: TrainState) -> None:
+            events.append(f"step {state.step}")
+
+        def on_log(self, state: TrainState, record: Any) -> None:
+            events.append("log")
+
+        def on_eval_start(self, state: TrainState) -> None:
+            events.append("eval start")
+
+        def on_eval(self, state: TrainState, result: Any) -> None:
+            events.append("eval")
+            if state.step == 4:
+                state.request_stop("enough")
+
+    def evaluate() -> EvalResult:
+        return EvalResult(1.0 / state.step, 1.0, None, None, 1)
+
+    state = make_state(token_loader(3))
+    config = TrainConfig(max_steps=9, grad_accum_steps=3, log_every_steps=2, eval_every_steps=2, save_every_steps=2)
+    status = fit(state, config, Parts(hooks=Hooks([Watch()]), evaluate=evaluate, save=lambda: events.append("save")))
+    assert status == "stopped" and state.stop_reason == "enough"
+    assert events == ["step 1", "step 2", "log", "eval start", "eval", "save",
+                      "step 3", "step 4", "log", "eval start", "eval", "save"]
+    assert (state.counters.best_step, state.counters.best_val_loss) == (4, 0.25)
+
+
+def test_the_logged_loss_is_over_the_targets_of_its_interval() -> None:
+    losses: list[float] = []
+
+    class Watch(Callback):
+        def on_log(self, state: TrainState, record: Any) -> None:
+            losses.append(record["loss"])
+
+    model = Bigram()
+    pieces = [(X[:1], Y[:1]), (X[1:], Y[1:])]
+    with torch.no_grad():
+        expected = float(F.cross_entropy(model(X).flatten(0, 1), Y.flatten(), ignore_index=IGNORE))
+    frozen = make_state(pieces, model, lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
+    fit(frozen, TrainConfig(max_steps=4, log_every_steps=2), Parts(hooks=Hooks([Watch()])))
+    assert losses == pytest.approx([expected, expected], rel=1e-6)
+
+
+def test_a_plateau_scheduler_follows_the_validation_loss() -> None:
+    def plateau(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+
+    state = make_state(token_loader(3), scheduler=plateau)
+    result = EvalResult(1.0, 1.0, None, None, 1)
+    fit(state, TrainConfig(max_steps=3, eval_every_steps=1), Parts(evaluate=lambda: result))
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.25)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_warm_up_to_the_peak_and_end_at_the_floor(schedule: str) -> None:
+    factors = [lr_factor(step, schedule=schedule, warmup_steps=4, max_steps=20, floor=0.1) for step in range(25)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    end = 1.0 if schedule == "constant" else 0.1
+    assert factors[19:] == pytest.approx([end] * 6)
+    assert all(one >= other for one, other in itertools.pairwise(factors[4:]))
+    if schedule != "constant":
+        assert lr_factor(12, schedule=schedule, warmup_steps=5, max_steps=20, floor=0.0) == pytest.approx(0.5)
+
+
+def test_each_group_keeps_its_own_peak_and_the_common_floor() -> None:
+    model = Bigram()
+    groups = [{"params": model.table.parameters(), "lr": 1.0}, {"params": model.head.parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduler = build_scheduler(optimizer, TrainConfig(lr=0.5, min_lr=0.05), max_steps=3)
+    assert scheduler.get_last_lr() == [1.0, 0.1]
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([0.05, 0.05])
+
+
+def test_a_stream_goes_on_over_epochs_in_new_orders_and_resumes_by_replay() -> None:
+    torch.manual_seed(1)
+    stream = BatchStream(plain_loader(3))
+    first = [stream.next_batch()[0] for _ in range(7)]  # type: ignore[index]
+    assert (stream.epoch, stream.batch) == (2, 1)
+    epochs = [torch.cat(first[0:3]), torch.cat(first[3:6])]
+    assert not torch.equal(*epochs)
+    assert torch.equal(*(torch.sort(epoch.flatten())[0] for epoch in epochs))
+    torch.manual_seed(1)
+    stopped = BatchStream(plain_loader(3))
+    for _ in range(5):
+        stopped.next_batch()
+    state = copy_of(stopped.state_dict())
+    expected = torch.get_rng_state()
+    torch.manual_seed(99)
+    resumed = BatchStream(plain_loader(3))
+    resumed.load_state_dict(state)
+    torch.set_rng_state(expected)
+    assert all(torch.equal(resumed.next_batch()[0], batch) for batch in first[5:])  # type: ignore[index]
+
+
+def test_a_loaders_own_generator_is_replayed_and_put_back() -> None:
+    def make() -> BatchStream:
+        return BatchStream(plain_loader(3, generator=torch.Generator().manual_seed(7)))
+
+    straight = make()
+    expected = [straight.next_batch()[0] for _ in range(9)]  # type: ignore[index]
+    stopped = make()
+    for _ in range(4):
+        stopped.next_batch()
+    resumed = make()
+    resumed.load_state_dict(copy_of(stopped.state_dict()))
+    assert all(torch.equal(resumed.next_batch()[0], batch) for batch in expected[4:])  # type: ignore[index]
+
+
+def test_data_that_can_be_read_once_end_the_run_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    state = make_state(iter([(X, Y)] * 3))
+    assert fit(state, TrainConfig(max_steps=9)) == "completed"
+    assert state.step == 3 and "can be read only once" in state.stream.end_reason
+    assert "only once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [token_loader, plain_loader])
+def test_peeking_disturbs_neither_the_loader_nor_the_generators(make: Any) -> None:
+    torch.manual_seed(3)
+    expected = [batch[0] for batch in make()]
+    torch.manual_seed(3)
+    loader = make()
+    assert len(peek_batches(loader, 2)) == 2
+    assert all(torch.equal(one[0], other) for one, other in zip(loader, expected))
+    assert peek_batches(iter([1, 2]), 1) == []
+
+
+def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_refused() -> None:
+    model = Bigram()
+    unused = nn.Linear(2, 2)
+    state = TrainState(model, AdamW(unused.parameters()), BatchStream([(X, Y)]))
+    with pytest.raises(ValueError, match="no parameter that the optimizer holds received a gradient"):
+        fit(state, TrainConfig(max_steps=1))
+
+
+def test_logits_learn_a_bigram_rule_to_the_end() -> None:
+    state = make_state(plain_loader(6))
+    fit(state, TrainConfig(max_steps=250))
+    assert state.counters.train_loss < 0.1 < math.log(VOCAB)
