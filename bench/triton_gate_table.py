@@ -75,7 +75,7 @@ class Variant:
                     constexprs |= {"scale": None, "grads": None}
         options = kernels._options(shape, one_load is not None)
         signature = {"logits": f"*{self.dtype}", "grads": f"*{self.dtype}", "targets": "*i64", "scale": "*fp32",
-                     "losses": "*fp32", "lses": "*fp32", "grad_losses": "*fp32", "logits_stride": "i64",
+                     "losses": "*fp32", "lses": "*fp32", "grad_losses": "*fp32", "scale_stride": "i32", "logits_stride": "i64",
                      "grad_losses_stride": "i32", "ignore_index": "i32", "label_smoothing": "fp32", "z_loss": "fp32",
                      "softcap": "fp32"}
         return compile_for(kernel, signature, constexprs | {"BLOCK": shape.block}, target, element_size=size,

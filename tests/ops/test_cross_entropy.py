@@ -93,6 +93,21 @@ def test_rows_that_span_several_blocks_and_are_streamed(isa: str, dtype: torch.d
         assert_as_exact_as_pytorch(logits, targets, reduction=reduction, label_smoothing=0.1, z_loss=1e-3)
 
 
+@needs_extension
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_the_gradient_may_be_written_over_the_logits_with_a_scale_for_each_row(isa: str, dtype: torch.dtype, terms: dict[str, Any]) -> None:
+    for N, V in [(3, 1), (7, 33), (5, 5003)]:
+        logits, targets = problem(N, V, dtype)
+        targets[targets == -100] = terms.get("ignore_index", -100)
+        scales = torch.linspace(-1, 2, 2 * N, dtype=torch.float64 if dtype == torch.float64 else torch.float32)[::2]
+        values = Terms(terms.get("ignore_index", -100), terms.get("label_smoothing", 0.0), terms.get("z_loss", 0.0), terms.get("softcap", 0.0))
+        losses, gradient = loss_and_gradient(logits, targets, scales, impl="cpp", reduction="none", **terms)
+        in_place, _ = torch.ops.fasttrain.cross_entropy_fused_(logits, targets, scales, *values)
+        assert torch.equal(in_place, losses)
+        torch.testing.assert_close(logits, gradient, rtol=2 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_extension)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
