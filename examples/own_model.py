@@ -1,6 +1,6 @@
 """Your own module and your own DataLoader in the Trainer: nothing to subclass, nothing to rename.
 
-    python examples/own_model.py --steps 200
+python examples/own_model.py --steps 200
 """
 
 import argparse
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasttrain import Trainer, TrainConfig
+from fasttrain import TrainConfig, Trainer
 
 
 class CharRNN(nn.Module):

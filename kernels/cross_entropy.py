@@ -89,7 +89,7 @@ def _store(pointers, values, mask, SOFTWARE_BF16: tl.constexpr):
 def _widened_again(held, never):
     # held in float32. Written unlike .to(tl.float32), or the compiler would keep that conversion's result from the
     # first pass alive instead of the 16-bit original, and the row would take twice the registers.
-    if held.dtype == tl.bfloat16:
+    if held.dtype == tl.bfloat16:  # by bits, for the interpreter cannot multiply bfloat16
         bits = held.to(tl.uint16, bitcast=True).to(tl.uint32)
         return (bits << (16 + never.to(tl.uint32))).to(tl.float32, bitcast=True)
     elif held.dtype == tl.float16:
@@ -183,8 +183,9 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, logits_stride,
     x_y = _target_logit(logits_row, y, V, softcap, SOFTCAPPED)
     held = ()
     for step in tl.static_range(STEPS):
-        held = held + (tl.load(logits_row + lanes + step * BLOCK, mask=lanes < V - step * BLOCK, other=float("-inf"),
-                               eviction_policy="evict_first"),)
+        block = tl.load(logits_row + lanes + step * BLOCK, mask=lanes < V - step * BLOCK, other=float("-inf"),
+                        eviction_policy="evict_first")
+        held = held + (block,)  # noqa: RUF005 (Triton does not unpack)
     group_m = tl.full([BLOCK // GROUP], float("-inf"), tl.float32)
     group_total = tl.zeros([BLOCK // GROUP], tl.float32)
     group_x = tl.zeros([BLOCK // GROUP], tl.float32)
@@ -194,7 +195,8 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, logits_stride,
         inside = lanes < V - step * BLOCK
         if SOFTCAPPED:
             x = tl.where(inside, _softcapped(x, softcap), float("-inf"))
-            capped = capped + (x,)  # held from here on in place of the logits: computed twice it would cost more
+            # Held from here on in place of the logits: computed twice it would cost more than its registers.
+            capped = capped + (x,)  # noqa: RUF005
         group_m, group_total, group_x = _accumulate(x, inside, group_m, group_total, group_x, SMOOTHED)
     m, total, lse, loss = _finish(group_m, group_total, group_x, x_y, label_smoothing, z_loss, V, SMOOTHED, Z_LOSS)
     tl.store(losses + row, loss)
@@ -243,10 +245,11 @@ def _streaming_kernel(logits, targets, scale, losses, lses, grads, logits_stride
     group_x = tl.zeros([BLOCK // GROUP], tl.float32)
     for step in tl.range(0, STEPS):
         inside = lanes < V - step * BLOCK
+        at = logits_row + lanes + step * BLOCK
         if WITH_GRADIENT:
-            x = tl.load(logits_row + lanes + step * BLOCK, mask=inside, other=float("-inf"), eviction_policy="evict_last")
+            x = tl.load(at, mask=inside, other=float("-inf"), eviction_policy="evict_last")
         else:
-            x = tl.load(logits_row + lanes + step * BLOCK, mask=inside, other=float("-inf"), eviction_policy="evict_first")
+            x = tl.load(at, mask=inside, other=float("-inf"), eviction_policy="evict_first")
         x = x.to(tl.float32)
         if SOFTCAPPED:
             x = tl.where(inside, _softcapped(x, softcap), float("-inf"))
@@ -320,8 +323,8 @@ def cross_entropy_backward(grad_losses: Tensor, logits: Tensor, targets: Tensor,
                            label_smoothing: float, z_loss: float, softcap: float) -> Tensor:
     """Gradient (N, V) of sum(grad_losses * losses) in the logits' dtype; `grad_losses` (N,) float32, any stride.
 
-    With p = exp(x - lse): (p * (1 + 2 * z_loss * lse) - ls / V - (1 - ls) * [i == y]) * grad_losses, times the softcap's
-    derivative 1 - (x / softcap)^2. Formed in float32 and rounded once. Reads the logits once.
+    With p = exp(x - lse): (p * (1 + 2 * z_loss * lse) - ls / V - (1 - ls) * [i == y]) * grad_losses, times the
+    softcap's derivative 1 - (x / softcap)^2. Formed in float32 and rounded once. Reads the logits once.
     """
     logits = _checked(logits, targets)
     num_rows, num_classes = logits.shape
@@ -354,8 +357,8 @@ def cross_entropy_fused(logits: Tensor, targets: Tensor, scale: Tensor, *, ignor
     lse = torch.empty_like(losses)
     grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
     _one_load_kernel[(num_rows,)](
-        logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing, z_loss,
-        softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
+        logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing,
+        z_loss, softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
         ALIGNED=_aligned(logits), **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape, True))
     return losses, lse, grads
 

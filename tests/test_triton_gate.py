@@ -18,14 +18,18 @@ TARGETS = list(DEVICES)
 @triton.jit
 def scaled_copy(source, target, numel, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target + at, tl.exp2(tl.load(source + at, mask=at < numel).to(tl.float32)).to(tl.bfloat16), mask=at < numel)
+    tl.store(
+        target + at, tl.exp2(tl.load(source + at, mask=at < numel).to(tl.float32)).to(tl.bfloat16), mask=at < numel
+    )
 
 
 @triton.jit
 def looped_copy(source, target, numel, BLOCK: tl.constexpr):
     for start in tl.range(0, numel, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        tl.store(target + at, tl.exp2(tl.load(source + at, mask=at < numel).to(tl.float32)).to(tl.bfloat16), mask=at < numel)
+        tl.store(
+            target + at, tl.exp2(tl.load(source + at, mask=at < numel).to(tl.float32)).to(tl.bfloat16), mask=at < numel
+        )
 
 
 @triton.jit
@@ -38,7 +42,7 @@ def adds_floats(source, target, numel, BLOCK: tl.constexpr):
 def holds_too_much(source, target, numel, BLOCK: tl.constexpr):
     held = ()
     for step in tl.static_range(24):
-        held = held + (tl.load(source + step * BLOCK + tl.arange(0, BLOCK)).to(tl.float32),)
+        held = held + (tl.load(source + step * BLOCK + tl.arange(0, BLOCK)).to(tl.float32),)  # noqa: RUF005
     total = held[0]
     for step in tl.static_range(1, 24):
         total += held[step]
