@@ -293,7 +293,8 @@ class Trainer:
         loader = dataloader if dataloader is not None else self.val_dataloader
         if loader is None:
             raise ValueError("evaluate() needs data: pass a dataloader, or Trainer(..., val_dataloader=...)")
-        return evaluate(unwrap(self.model), loader, loss_fn=self.loss_fn, device=self.device, autocast=self.amp.autocast,
+        return evaluate(unwrap(self.model), loader, loss_fn=self.loss_fn, device=self.device,
+                        autocast=self.amp.autocast,
                         max_batches=self.config.eval_max_batches if max_batches is None else max_batches,
                         interrupted=None if interruption is None else interruption.__bool__)
 

@@ -331,10 +331,11 @@ def cross_entropy_backward(grad_losses: Tensor, logits: Tensor, targets: Tensor,
     grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
     if num_rows:
         shape = streaming_shape(num_classes, logits.element_size())
-        _backward_kernel[(num_rows, triton.cdiv(num_classes, shape.block))](
-            grad_losses, logits, targets.contiguous(), lse.contiguous(), grads, grad_losses.stride(0), logits.stride(0),
-            ignore_index, label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
-            **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
+        with torch.cuda.device_of(logits):
+            _backward_kernel[(num_rows, triton.cdiv(num_classes, shape.block))](
+                grad_losses, logits, targets.contiguous(), lse.contiguous(), grads, grad_losses.stride(0),
+                logits.stride(0), ignore_index, label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
+                **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
     return grads
 
 
@@ -356,10 +357,11 @@ def cross_entropy_fused(logits: Tensor, targets: Tensor, scale: Tensor, *, ignor
     losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(losses)
     grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
-    _one_load_kernel[(num_rows,)](
-        logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing,
-        z_loss, softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
-        ALIGNED=_aligned(logits), **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape, True))
+    with torch.cuda.device_of(logits):
+        _one_load_kernel[(num_rows,)](
+            logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing,
+            z_loss, softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
+            ALIGNED=_aligned(logits), **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape, True))
     return losses, lse, grads
 
 
@@ -373,9 +375,9 @@ def scale_inplace(grad: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(f"grad has strides {grad.stride()}; scale_inplace takes a contiguous tensor")
     if grad.numel():
         shape = streaming_shape(grad.numel(), grad.element_size())
-        _scale_kernel[(triton.cdiv(grad.numel(), shape.block),)](
-            grad, scale, grad.numel(), BLOCK=shape.block, SOFTWARE_BF16=_software_bf16(grad),
-            **_options(shape))
+        with torch.cuda.device_of(grad):
+            _scale_kernel[(triton.cdiv(grad.numel(), shape.block),)](
+                grad, scale, grad.numel(), BLOCK=shape.block, SOFTWARE_BF16=_software_bf16(grad), **_options(shape))
     return grad
 
 
@@ -390,11 +392,12 @@ def _stream(logits: Tensor, targets: Tensor, scale: Tensor | None, ignore_index:
         grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
     if num_rows:
         shape = streaming_shape(num_classes, logits.element_size())
-        _streaming_kernel[(num_rows,)](
-            logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing,
-            z_loss, softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
-            ALIGNED=_aligned(logits), WITH_GRADIENT=scale is not None,
-            **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
+        with torch.cuda.device_of(logits):
+            _streaming_kernel[(num_rows,)](
+                logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index,
+                label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
+                GROUP=BYTES_PER_ACCESS // logits.element_size(), ALIGNED=_aligned(logits),
+                WITH_GRADIENT=scale is not None, **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
     return losses, lse, grads
 
 
@@ -415,6 +418,7 @@ def _aligned(logits: Tensor) -> bool:
 
 
 def _options(shape: Shape, holds_row: bool = False) -> dict[str, int]:
+    # Every launch sits in `torch.cuda.device_of`: Triton launches on the current device, wherever the tensors are.
     if torch.version.hip:
         return {"num_warps": max(1, shape.threads // 64)}
     # Left alone, the compiler gives 256 threads a few registers over the 128 with which two programs fit.

@@ -642,6 +642,13 @@ def test_a_hostile_checkpoint_is_refused_without_running_or_reading_anything_els
     assert not (Path.cwd() / "pwned").exists()
 
 
+@pytest.mark.parametrize("case", [case for case in HOSTILE_HEADERS if case[:5] not in ("other", "one t")])
+def test_a_hostile_header_is_refused_by_itself_whatever_the_manifest_says(case: str) -> None:
+    data = HOSTILE_HEADERS[case]
+    with pytest.raises(ValueError, match="file"):
+        tensorfile.parse_header(data, len(data), "file")
+
+
 def test_the_forgers_tools_forge(two: tuple[Path, Path]) -> None:
     """Without a change the forged files load: the cases above fail for what they change."""
     _, path = two

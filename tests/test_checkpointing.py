@@ -33,7 +33,7 @@ from fasttrain.checkpointing import (
     verify_checkpoint,
     write_snapshot,
 )
-from fasttrain.tensorfile import DTYPES
+from fasttrain.tensorfile import DTYPES, parse_header
 from fasttrain.trees import dump_json, flatten_tree, parse_json, unflatten_tree
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # hundreds of saves need no disk
@@ -123,6 +123,13 @@ def test_the_safetensors_library_reads_the_same_tensors(tmp_path: Path, name: st
         assert set(file.keys()) == set(tensors) and file.metadata() == {"format": "pt"}
         for key, tensor in tensors.items():
             assert same(file.get_tensor(key), tensor)
+
+
+def test_every_tensor_is_aligned_to_its_own_width_so_that_none_is_copied_on_load(tmp_path: Path) -> None:
+    tensors = {f"{i}{name}": tensor_of(dtype, (3,), i, "plain") for i, (name, dtype) in enumerate(DTYPES.items())}
+    file = save_checkpoint(tmp_path, 1, {"model": tensors}, metadata={}) / "model.safetensors"
+    specs = parse_header(file.read_bytes(), file.stat().st_size, "file")
+    assert len(specs) == len(DTYPES) and all(spec.start % DTYPES[spec.dtype].itemsize == 0 for spec in specs.values())
 
 
 def test_tied_weights_are_stored_once_and_come_back_as_one_tensor(tmp_path: Path) -> None:

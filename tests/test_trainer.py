@@ -28,6 +28,7 @@ from tiny_runs import (
 )
 from torch import nn
 
+from fasttrain.assembly import build_optimizer
 from fasttrain.callbacks import Callback, SampleText, read_records
 from fasttrain.checkpointing import read_manifest
 from fasttrain.config import TrainConfig
@@ -239,6 +240,15 @@ def test_a_model_that_the_user_compiled_trains_and_its_checkpoints_fit_the_plain
     assert again.evaluate().loss == plain.evaluate().loss
 
 
+def test_weight_decay_is_for_matrices_and_every_parameter_is_held_once() -> None:
+    model = nn.Sequential(Bigram(), nn.LayerNorm(29))
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3, lr=0.02, betas=(0.7, 0.8)))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "0.table.weight": 0.3, "0.head.weight": 0.3, "0.head.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}
+    assert all(group["lr"] == 0.02 and group["betas"] == (0.7, 0.8) for group in optimizer.param_groups)
+
+
 def test_weights_load_without_data_and_the_full_state_with_it(tmp_path: Path) -> None:
     trained = tiny_trainer(tmp_path)
     trained.train()
@@ -364,6 +374,15 @@ def test_verify_resume_leaves_buffers_alone_that_the_constructor_makes() -> None
             return super().forward(input_ids) * self.scale
 
     assert tiny_trainer(model=WithTable()).verify_resume().ok
+
+
+def test_verify_resume_notices_what_loading_does_not_bring_back() -> None:
+    class Stubborn(Bigram):
+        def load_state_dict(self, state: Any, **options: Any) -> Any:  # type: ignore[override]
+            return super().load_state_dict({**state, "head.bias": self.head.bias}, **options)
+
+    outcome = tiny_trainer(model=Stubborn()).verify_resume()
+    assert not outcome.ok and outcome.first_difference.startswith("model.")
 
 
 def test_verify_resume_notices_a_loader_that_loses_its_place() -> None:
