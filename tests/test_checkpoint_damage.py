@@ -524,7 +524,7 @@ HOSTILE_TREES: dict[str, bytes] = {
     "NaN": b"[NaN]",
     "infinity": b"[-Infinity]",
     "1e999": b"[1e999]",
-    "huge integer": b"[" + b"9" * 5000 + b"]",
+    "huge integer": b"[" + b"9" * 3000 + b"]",
     "huge float": b"[0." + b"9" * 5000 + b"]",
     "two values": b"1 2",
     "utf-16": "[1]".encode("utf-16"),
@@ -606,6 +606,7 @@ HOSTILE: dict[str, Damage] = {
     **{f"header: {name}": lambda path, data=data: forge(path, "model.safetensors", data)
        for name, data in HOSTILE_HEADERS.items()},
     **{f"tree: {name}": lambda path, data=data: forge(path, "loop.json", data) for name, data in HOSTILE_TREES.items()},
+    "tree: a tensor that nothing refers to": lambda path: forge(path, "model.json", b'{"w":{"$tensor":"w"}}'),
     **{f"manifest: {name}": damage for name, damage in HOSTILE_MANIFESTS.items()},
 }
 

@@ -379,6 +379,18 @@ def test_pruning_keeps_exactly_the_last_the_best_the_protected_and_a_finite_one(
         assert not [name for name in os.listdir(root) if name.startswith(".")]
 
 
+@pytest.mark.parametrize("losses, keep_best, kept", [
+    ([1.0, math.nan, math.nan], 0, [0, 2]), ([1.0, 2.0, math.inf], 0, [1, 2]), ([1.0, 2.0, math.inf], 1, [0, 1, 2]),
+    ([1.0, None, None], 0, [2]), ([math.nan, 1.0, 2.0], 0, [2]), ([math.nan, 1.0, None], 1, [1, 2]),
+    ([math.nan, math.nan], 1, [1]), ([-math.inf, 5.0, 6.0], 1, [1, 2]), ([1.0, 1.0, 3.0], 1, [1, 2])])
+def test_a_run_that_turned_nan_keeps_its_last_finite_checkpoint_and_others_nothing_more(
+        tmp_path: Path, losses: list[float | None], keep_best: int, kept: list[int]) -> None:
+    for step, loss in enumerate(losses):
+        save_checkpoint(tmp_path, step, {}, metadata={"val_loss": loss})
+    prune_checkpoints(tmp_path, keep_last=1, keep_best=keep_best)
+    assert [read_manifest(path).step for path in list_checkpoints(tmp_path)] == kept
+
+
 def test_pruning_refuses_negative_counts_and_survives_an_empty_root(tmp_path: Path) -> None:
     assert prune_checkpoints(tmp_path, keep_last=1, keep_best=1) == []
     for keep_last, keep_best in ((-1, 0), (1, -1)):

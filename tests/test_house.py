@@ -270,5 +270,5 @@ def test_the_readme_names_only_what_exists() -> None:
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"`make ([a-z-]+)`", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"README names make {target}"
-    for file in re.findall(r"`((?:fasttrain|kernels|csrc|bench|tests|examples)/[\w/.-]+)`", text):
+    for file in re.findall(r"`((?:fasttrain|kernels|csrc|bench|tests|examples)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / file).exists(), f"README names {file}"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import TRITON_INTERPRETED
+from ..utils import on_host, read_scalar
 from ._dispatch import IMPLEMENTATIONS, Impl, resolve
 
 Reduction = Literal["mean", "sum", "none"]
@@ -134,8 +135,8 @@ class _GradientInForward(torch.autograd.Function):
         if gradient is None:  # a second backward over a retained graph
             row_gradients = (grad_output * scale).expand_as(lse)
             gradient = ctx.kernels.cross_entropy_backward(row_gradients, logits, targets, lse, *ctx.terms)
-        elif gradient.device.type != "cpu" or grad_output.item() != 1.0:  # reading a CPU scalar waits for nobody
-            gradient.mul_(grad_output.to(gradient.dtype) if gradient.device.type == "cpu" else grad_output)
+        elif not on_host(gradient.device) or read_scalar(grad_output.detach()) != 1.0:  # never waits for a device
+            gradient.mul_(grad_output)
         return gradient, None, None, None, None
 
 
