@@ -82,7 +82,7 @@ class Variant:
             "SOFTWARE_BF16": False,
         }
         one_load = self._one_load_shape() if self.entry == "fused" else None
-        shape = one_load or kernels.streaming_shape(self.num_classes, size)
+        shape = one_load or kernels.streaming_shape(self.num_classes, size, aligned=self.aligned)
         if self.entry == "backward":
             kernel = kernels._backward_kernel
         else:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from fasttrain import TrainConfig, Trainer, evaluate
+from fasttrain.checkpointing import read_manifest
 from fasttrain.corpus_statistics import ngram_entropies, xz_bits_per_byte
 from fasttrain.data import TokenLoader, corpus_bytes, prepare_tokens
 from fasttrain.models.gpt import GPT, GPTConfig
@@ -22,7 +23,7 @@ from fasttrain.progress import plot_losses, print_report
 from fasttrain.utils import seed_all
 
 PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def push(self, item):\n")
-SEQ_LEN, BATCH_SIZE = 256, 16
+SEQ_LEN, BATCH_SIZE = 256, 8
 
 
 def main(out: Path, steps: int) -> int:
@@ -80,19 +81,17 @@ def main(out: Path, steps: int) -> int:
     ):
         print(f"\n----- {prompt.splitlines()[0]}\n{prompt}{text}")
     print()
-    training = (
-        result.time_by_phase["forward_backward"] + result.time_by_phase["optimizer"] + result.time_by_phase["data"]
-    )
+    before = read_manifest(trainer.resumed_from).metadata["tokens_seen"] if trainer.resumed_from else 0
+    seconds = sum(result.time_by_phase[phase] for phase in ("data", "forward_backward", "optimizer"))
+    tokens = result.tokens_seen - before
+    speed = f"{tokens / seconds:,.0f} tokens a second" if tokens else "nothing left to train"
     print_report(
         "where things are",
         [
             ("checkpoint", str(result.checkpoint)),
             ("metrics", str(out / "metrics.jsonl")),
             ("loss plot", str(plot_losses(out / "metrics.jsonl", out / "loss.png"))),
-            (
-                "speed",
-                f"{result.tokens_seen / training:,.0f} tokens a second" if training > 1 else "nothing left to train",
-            ),
+            ("speed", speed),
             ("time", f"{time.monotonic() - started:.0f} s in all"),
         ],
     )
@@ -105,6 +104,6 @@ def main(out: Path, steps: int) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of the run")
-    parser.add_argument("--steps", type=int, default=int(os.environ.get("DEMO_STEPS", "600")), help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=int(os.environ.get("DEMO_STEPS", "300")), help="optimizer steps")
     arguments = parser.parse_args()
     raise SystemExit(main(arguments.out, arguments.steps))

@@ -49,11 +49,12 @@ def one_load_shape(num_classes: int, element_size: int, *, aligned: bool = True,
     return Shape(threads, threads * BYTES_PER_ACCESS // element_size) if threads <= 512 else None
 
 
-def streaming_shape(num_classes: int, element_size: int) -> Shape:
-    """Launch shape of the kernels that walk a row in blocks: two accesses in flight per thread."""
+def streaming_shape(num_classes: int, element_size: int, *, aligned: bool = True) -> Shape:
+    """Launch shape of the kernels that walk a row in blocks: 32 bytes in flight per thread, 16 where rows are unaligned."""
     row_bytes = num_classes * element_size
     threads = 128 if row_bytes <= (16 << 10) else 256 if row_bytes <= (128 << 10) else 512
-    return Shape(threads, 2 * threads * BYTES_PER_ACCESS // element_size)
+    # Elements that are loaded one by one fill a register each: half the block, or they spill.
+    return Shape(threads, (2 if aligned else 1) * threads * BYTES_PER_ACCESS // element_size)
 
 
 @triton.jit
@@ -330,7 +331,7 @@ def cross_entropy_backward(grad_losses: Tensor, logits: Tensor, targets: Tensor,
     num_rows, num_classes = logits.shape
     grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
     if num_rows:
-        shape = streaming_shape(num_classes, logits.element_size())
+        shape = streaming_shape(num_classes, logits.element_size(), aligned=_aligned(logits))
         with torch.cuda.device_of(logits):
             _backward_kernel[(num_rows, triton.cdiv(num_classes, shape.block))](
                 grad_losses, logits, targets.contiguous(), lse.contiguous(), grads, grad_losses.stride(0),
@@ -391,7 +392,7 @@ def _stream(logits: Tensor, targets: Tensor, scale: Tensor | None, ignore_index:
     if scale is not None:
         grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
     if num_rows:
-        shape = streaming_shape(num_classes, logits.element_size())
+        shape = streaming_shape(num_classes, logits.element_size(), aligned=_aligned(logits))
         with torch.cuda.device_of(logits):
             _streaming_kernel[(num_rows,)](
                 logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index,
@@ -421,8 +422,9 @@ def _options(shape: Shape, holds_row: bool = False) -> dict[str, int]:
     # Every launch sits in `torch.cuda.device_of`: Triton launches on the current device, wherever the tensors are.
     if torch.version.hip:
         return {"num_warps": max(1, shape.threads // 64)}
-    # Left alone, the compiler gives 256 threads a few registers over the 128 with which two programs fit.
-    return {"num_warps": shape.threads // 32} | ({"maxnreg": 128} if holds_row and shape.threads == 256 else {})
+    # Left alone, the compiler takes a few registers over the number with which two programs fit.
+    limit = {(256, True): 128, (512, False): 64}.get((shape.threads, holds_row))
+    return {"num_warps": shape.threads // 32} | ({"maxnreg": limit} if limit else {})
 
 
 def _check_device(tensor: Tensor) -> None:

@@ -181,7 +181,7 @@ def test_reading_the_row_once_or_twice_gives_the_same(
     results = []
     for shape in (kernels.Shape(128, 1024), kernels.Shape(128, 4096)):
         monkeypatch.setattr(kernels, "one_load_shape", lambda *_, **__: None)
-        monkeypatch.setattr(kernels, "streaming_shape", lambda *_, shape=shape: shape)
+        monkeypatch.setattr(kernels, "streaming_shape", lambda *_, shape=shape, **__: shape)
         results.append(kernels.cross_entropy_fused(logits, targets, torch.ones(()), **terms))
     for twice in results:
         for got, want in zip(twice[:2], once[:2]):
