@@ -314,17 +314,18 @@ def _naming(path: Path) -> Iterator[None]:
 def _publish(private: Path, final: Path) -> None:
     backup = final.with_name(final.name + "~")
     replaced = os.path.lexists(final)
-    if replaced:
-        if os.path.lexists(backup):
-            retire(final)  # `_collect` left both, so neither verifies
-        else:
-            os.rename(final, backup)
-        sync_directory(final.parent)
     try:
+        if replaced:
+            if os.path.lexists(backup):
+                retire(final)  # `_collect` left both, so neither verifies
+            else:
+                os.rename(final, backup)
+            sync_directory(final.parent)
         os.rename(private, final)
     except OSError:
-        with contextlib.suppress(OSError):
-            os.rename(backup, final)
+        if not os.path.lexists(final):
+            with contextlib.suppress(OSError):
+                os.rename(backup, final)
         raise
     sync_directory(final.parent)
     if os.path.lexists(backup):

@@ -50,10 +50,10 @@ def one_load_shape(num_classes: int, element_size: int, *, aligned: bool = True,
 
 
 def streaming_shape(num_classes: int, element_size: int, *, aligned: bool = True) -> Shape:
-    """Launch shape of the kernels that walk a row in blocks: 32 bytes in flight per thread, 16 where rows are unaligned."""
+    """Launch shape of the kernels that walk a row in blocks."""
     row_bytes = num_classes * element_size
     threads = 128 if row_bytes <= (16 << 10) else 256 if row_bytes <= (128 << 10) else 512
-    # Elements that are loaded one by one fill a register each: half the block, or they spill.
+    # Two wide accesses in flight per thread. Elements loaded one by one fill a register each: half, or they spill.
     return Shape(threads, (2 if aligned else 1) * threads * BYTES_PER_ACCESS // element_size)
 
 

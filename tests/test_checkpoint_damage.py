@@ -235,6 +235,7 @@ def test_an_error_of_any_durable_call_is_raised_and_costs_no_checkpoint(
             assert error.errno == (errno.ENOSPC if isinstance(error, CheckpointSpaceError) else number)
             if not persistent:
                 assert not [name for name in os.listdir(root) if name.startswith(".inflight")]
+                assert scenario != "replacing the only one" or (root / "step-00000001").exists()
         elif scenario != "pruning":
             assert state == [mark for mark in (1.0, 2.0, 7.0) if mark in allowed][-1], "it said that it had saved"
         assert_next_save_works_and_cleans_up(root)

@@ -125,6 +125,13 @@ def test_the_safetensors_library_reads_the_same_tensors(tmp_path: Path, name: st
             assert same(file.get_tensor(key), tensor)
 
 
+def test_tensors_of_one_element_or_none_may_have_any_stride(tmp_path: Path) -> None:
+    tensors = {f"{dtype}{count}": torch.zeros(4, dtype=dtype).as_strided((count,), (2,))
+               for dtype in (torch.int16, torch.float32, torch.bool) for count in (0, 1)}
+    assert same(load_checkpoint(save_checkpoint(tmp_path, 1, {"model": tensors}, metadata={})),
+                {"model": tensors})
+
+
 def test_every_tensor_is_aligned_to_its_own_width_so_that_none_is_copied_on_load(tmp_path: Path) -> None:
     tensors = {f"{i}{name}": tensor_of(dtype, (3,), i, "plain") for i, (name, dtype) in enumerate(DTYPES.items())}
     file = save_checkpoint(tmp_path, 1, {"model": tensors}, metadata={}) / "model.safetensors"

@@ -88,7 +88,7 @@ def test_ignored_rows_are_not_read(num_classes: int) -> None:
     assert traffic.loaded["logits"] == passes * logits[[1, 3]].nbytes + 2 * 4  # and twice one logit, the target's
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("num_classes", [32000, 50304, 70_000])
 def test_bytes_moved_are_the_declared_minimum(num_classes: int, dtype: torch.dtype) -> None:
     logits, targets = rows(2, num_classes, dtype)
@@ -171,7 +171,7 @@ def test_the_true_class_of_a_confident_row_keeps_its_gradient(dtype: torch.dtype
     assert (got < 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("terms", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_reading_the_row_once_or_twice_gives_the_same(
     dtype: torch.dtype, terms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
