@@ -269,12 +269,13 @@ def test_space_is_asked_for_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_a_real_limit_of_the_kernel_mid_write_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
+    large = torch.zeros(100_000)  # made here: a forked child has lost the threads that would fill it
     pid = os.fork()
     if pid == 0:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
             try:
-                save_checkpoint(tmp_path, 2, {"model": {"w": torch.zeros(100_000)}}, metadata={})
+                save_checkpoint(tmp_path, 2, {"model": {"w": large}}, metadata={})
             except OSError as error:
                 os._exit(42 if error.errno == errno.EFBIG and str(tmp_path) in str(error) else 1)
         finally:
