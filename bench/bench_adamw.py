@@ -1,4 +1,4 @@
-"""Clip, step and zero of 30 M parameters (30 large tensors, 300 small ones): PyTorch's ways, fasttrain.AdamW, the floor.
+"""Clip, step and zero of 30 M parameters in 30 large tensors and 300 small ones: PyTorch, fasttrain.AdamW, the floor.
 
 The floor is the traffic of the update itself, 28 bytes a parameter: four tensors read, three written.
 """
@@ -80,8 +80,13 @@ def test_adamw(benchmark: Any, num_large: int) -> None:
         for params in sets:
             torch._foreach_copy_([p.grad for p in params], grads)
 
-    others = {"floor: traffic": traffic(ours), "torch fused + clip": torch_step(sets[1], fused=True), "torch foreach + clip": torch_step(sets[2], foreach=True)}
-    compare(benchmark, "clip + AdamW + zero", f"{num_large} M parameters + 300 small tensors, {DEVICE}", our_step(ours), others, prepare=refill)
+    others = {
+        "floor: traffic": traffic(ours),
+        "torch fused + clip": torch_step(sets[1], fused=True),
+        "torch foreach + clip": torch_step(sets[2], foreach=True),
+    }
+    size = f"{num_large} M parameters + 300 small tensors, {DEVICE}"
+    compare(benchmark, "clip + AdamW + zero", size, our_step(ours), others, prepare=refill)
 
 
 def check() -> None:

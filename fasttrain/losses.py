@@ -53,8 +53,8 @@ def batch_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     head, _ = linear_head(model)
     if head is not None:
         hidden = flat_hidden(model(parts.input_ids, return_hidden=True, **_accepted(model, parts)), head, parts.targets)
-        loss_sum = linear_cross_entropy(hidden, head.weight, parts.targets.reshape(-1), bias=getattr(head, "bias", None),
-                                        ignore_index=IGNORE, reduction="sum")
+        loss_sum = linear_cross_entropy(hidden, head.weight, parts.targets.reshape(-1), ignore_index=IGNORE,
+                                        bias=getattr(head, "bias", None), reduction="sum")
         return loss_sum.float(), num_targets
     logits, loss = call_model(model, parts)
     if loss is not None:
@@ -114,7 +114,8 @@ def shift_left(labels: Tensor) -> Tensor:
 def call_model(model: nn.Module, parts: Parts) -> tuple[Any, Tensor | None]:
     """(logits, the model's own scalar loss or None)."""
     arguments = _accepted(model, parts)
-    if "targets" in forward_parameters(type(unwrap(model)).forward):  # nanoGPT's convention: already shifted, and without them only the last logits come back
+    # nanoGPT's convention: already shifted, and without them only the last logits come back.
+    if "targets" in forward_parameters(type(unwrap(model)).forward):
         arguments["targets"] = parts.targets
     output = model(parts.input_ids, **arguments)
     if isinstance(output, Mapping):
@@ -141,10 +142,10 @@ def _accepted(model: nn.Module, parts: Parts) -> dict[str, Any]:
 def flat_hidden(hidden: Any, head: nn.Linear | nn.Embedding, targets: Tensor) -> Tensor:
     """Hidden states (..., D) as (N, D), checked against the head and N targets."""
     size = head.weight.size(1)
-    if not isinstance(hidden, Tensor) or hidden.dim() < 2 or hidden.size(-1) != size or hidden.numel() != targets.numel() * size:
+    if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (size,) or hidden.numel() != targets.numel() * size:
         raise ValueError(f"the model returned {_describe(hidden)} for return_hidden=True and targets of shape "
-                         f"{tuple(targets.shape)}; it must return hidden states (B, T, {size}), one row for each target, "
-                         f"{size} being what its get_output_embeddings().weight takes")
+                         f"{tuple(targets.shape)}; it must return hidden states (B, T, {size}), one row for each "
+                         f"target, {size} being what its get_output_embeddings().weight takes")
     return hidden.reshape(-1, size)
 
 

@@ -49,11 +49,12 @@ def one_load_shape(num_classes: int, element_size: int, *, aligned: bool = True,
     return Shape(threads, threads * BYTES_PER_ACCESS // element_size) if threads <= 512 else None
 
 
-def streaming_shape(num_classes: int, element_size: int) -> Shape:
-    """Launch shape of the kernels that walk a row in blocks: two accesses in flight per thread."""
+def streaming_shape(num_classes: int, element_size: int, *, aligned: bool = True) -> Shape:
+    """Launch shape of the kernels that walk a row in blocks."""
     row_bytes = num_classes * element_size
     threads = 128 if row_bytes <= (16 << 10) else 256 if row_bytes <= (128 << 10) else 512
-    return Shape(threads, 2 * threads * BYTES_PER_ACCESS // element_size)
+    # Two wide accesses in flight per thread. Elements loaded one by one fill a register each: half, or they spill.
+    return Shape(threads, (2 if aligned else 1) * threads * BYTES_PER_ACCESS // element_size)
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def _store(pointers, values, mask, SOFTWARE_BF16: tl.constexpr):
 def _widened_again(held, never):
     # held in float32. Written unlike .to(tl.float32), or the compiler would keep that conversion's result from the
     # first pass alive instead of the 16-bit original, and the row would take twice the registers.
-    if held.dtype == tl.bfloat16:
+    if held.dtype == tl.bfloat16:  # by bits, for the interpreter cannot multiply bfloat16
         bits = held.to(tl.uint16, bitcast=True).to(tl.uint32)
         return (bits << (16 + never.to(tl.uint32))).to(tl.float32, bitcast=True)
     elif held.dtype == tl.float16:
@@ -162,9 +163,9 @@ def _gradient(x, m, y_from_start, lanes, factor, spread, at_target, softcap, BLO
 
 
 @triton.jit
-def _one_load_kernel(logits, targets, scale, losses, lses, grads, scale_stride, logits_stride, ignore_index, label_smoothing, z_loss,
-                     softcap, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-                     SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAPPED: tl.constexpr,
+def _one_load_kernel(logits, targets, scale, losses, lses, grads, scale_stride, logits_stride, ignore_index,
+                     label_smoothing, z_loss, softcap, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+                     ALIGNED: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAPPED: tl.constexpr,
                      SOFTWARE_BF16: tl.constexpr):
     """One program per row; the row lives in registers, as STEPS blocks, between its reduction and its gradient."""
     STEPS: tl.constexpr = (V + BLOCK - 1) // BLOCK
@@ -183,8 +184,9 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, scale_stride, 
     x_y = _target_logit(logits_row, y, V, softcap, SOFTCAPPED)
     held = ()
     for step in tl.static_range(STEPS):
-        held = held + (tl.load(logits_row + lanes + step * BLOCK, mask=lanes < V - step * BLOCK, other=float("-inf"),
-                               eviction_policy="evict_first"),)
+        block = tl.load(logits_row + lanes + step * BLOCK, mask=lanes < V - step * BLOCK, other=float("-inf"),
+                        eviction_policy="evict_first")
+        held = held + (block,)  # noqa: RUF005 (Triton does not unpack)
     group_m = tl.full([BLOCK // GROUP], float("-inf"), tl.float32)
     group_total = tl.zeros([BLOCK // GROUP], tl.float32)
     group_x = tl.zeros([BLOCK // GROUP], tl.float32)
@@ -194,7 +196,8 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, scale_stride, 
         inside = lanes < V - step * BLOCK
         if SOFTCAPPED:
             x = tl.where(inside, _softcapped(x, softcap), float("-inf"))
-            capped = capped + (x,)  # held from here on in place of the logits: computed twice it would cost more
+            # Held from here on in place of the logits: computed twice it would cost more than its registers.
+            capped = capped + (x,)  # noqa: RUF005
         group_m, group_total, group_x = _accumulate(x, inside, group_m, group_total, group_x, SMOOTHED)
     m, total, lse, loss = _finish(group_m, group_total, group_x, x_y, label_smoothing, z_loss, V, SMOOTHED, Z_LOSS)
     tl.store(losses + row, loss)
@@ -215,9 +218,9 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, scale_stride, 
 
 
 @triton.jit
-def _streaming_kernel(logits, targets, scale, losses, lses, grads, scale_stride, logits_stride, ignore_index, label_smoothing, z_loss,
-                      softcap, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-                      WITH_GRADIENT: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr,
+def _streaming_kernel(logits, targets, scale, losses, lses, grads, scale_stride, logits_stride, ignore_index,
+                      label_smoothing, z_loss, softcap, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+                      ALIGNED: tl.constexpr, WITH_GRADIENT: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr,
                       SOFTCAPPED: tl.constexpr, SOFTWARE_BF16: tl.constexpr):
     """One program per row, any V: running maxima and sums, then (WITH_GRADIENT) a second read for the gradient.
 
@@ -243,10 +246,11 @@ def _streaming_kernel(logits, targets, scale, losses, lses, grads, scale_stride,
     group_x = tl.zeros([BLOCK // GROUP], tl.float32)
     for step in tl.range(0, STEPS):
         inside = lanes < V - step * BLOCK
+        at = logits_row + lanes + step * BLOCK
         if WITH_GRADIENT:
-            x = tl.load(logits_row + lanes + step * BLOCK, mask=inside, other=float("-inf"), eviction_policy="evict_last")
+            x = tl.load(at, mask=inside, other=float("-inf"), eviction_policy="evict_last")
         else:
-            x = tl.load(logits_row + lanes + step * BLOCK, mask=inside, other=float("-inf"), eviction_policy="evict_first")
+            x = tl.load(at, mask=inside, other=float("-inf"), eviction_policy="evict_first")
         x = x.to(tl.float32)
         if SOFTCAPPED:
             x = tl.where(inside, _softcapped(x, softcap), float("-inf"))
@@ -319,18 +323,19 @@ def cross_entropy_backward(grad_losses: Tensor, logits: Tensor, targets: Tensor,
                            label_smoothing: float, z_loss: float, softcap: float) -> Tensor:
     """Gradient (N, V) of sum(grad_losses * losses) in the logits' dtype; `grad_losses` (N,) float32, any stride.
 
-    With p = exp(x - lse): (p * (1 + 2 * z_loss * lse) - ls / V - (1 - ls) * [i == y]) * grad_losses, times the softcap's
-    derivative 1 - (x / softcap)^2. Formed in float32 and rounded once. Reads the logits once.
+    With p = exp(x - lse): (p * (1 + 2 * z_loss * lse) - ls / V - (1 - ls) * [i == y]) * grad_losses, times the
+    softcap's derivative 1 - (x / softcap)^2. Formed in float32 and rounded once. Reads the logits once.
     """
     logits = _checked(logits, targets)
     num_rows, num_classes = logits.shape
     grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
     if num_rows:
-        shape = streaming_shape(num_classes, logits.element_size())
-        _backward_kernel[(num_rows, triton.cdiv(num_classes, shape.block))](
-            grad_losses, logits, targets.contiguous(), lse.contiguous(), grads, grad_losses.stride(0), logits.stride(0),
-            ignore_index, label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
-            **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
+        shape = streaming_shape(num_classes, logits.element_size(), aligned=_aligned(logits))
+        with torch.cuda.device_of(logits):
+            _backward_kernel[(num_rows, triton.cdiv(num_classes, shape.block))](
+                grad_losses, logits, targets.contiguous(), lse.contiguous(), grads, grad_losses.stride(0),
+                logits.stride(0), ignore_index, label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
+                **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
     return grads
 
 
@@ -338,38 +343,34 @@ def cross_entropy_fused(logits: Tensor, targets: Tensor, scale: Tensor, *, ignor
                         z_loss: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,), log-sum-exps (N,) and the gradient (N, V) of sum(scale * losses).
 
-    `scale` is float32 on the logits' device, so that a mean's 1 / count needs no host: 0-d, or (N,) for each row its
-    own. The logits are read once where `one_load_shape` says that a row fits in registers, twice above.
+    `scale` is float32 on the logits' device, 0-d or (N,), so that a mean's 1 / count needs no host. The logits are
+    read once where `one_load_shape` says that a row fits in registers, twice above.
     """
-    grads = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grads = logits.new_empty(logits.shape)
     return *_fuse(logits, targets, scale, grads, ignore_index, label_smoothing, z_loss, softcap), grads
 
 
 def cross_entropy_fused_(logits: Tensor, targets: Tensor, scale: Tensor, *, ignore_index: int, label_smoothing: float,
                          z_loss: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """The same with the gradient written over the logits, which must be contiguous.
-
-    A program reads what it writes over before, by the same threads: nothing else makes this safe.
-    """
+    """The same with the gradient written over the contiguous logits: each thread has read what it writes over."""
     if not logits.is_contiguous():
         raise ValueError(f"logits have strides {logits.stride()}; cross_entropy_fused_ takes a contiguous tensor")
     return _fuse(logits, targets, scale, logits, ignore_index, label_smoothing, z_loss, softcap)
 
 
-def _fuse(logits: Tensor, targets: Tensor, scale: Tensor, grads: Tensor, ignore_index: int, label_smoothing: float,
-          z_loss: float, softcap: float) -> tuple[Tensor, Tensor]:
+def _fuse(logits: Tensor, targets: Tensor, scale: Tensor, grads: Tensor, *terms: float) -> tuple[Tensor, Tensor]:
     logits = _checked(logits, targets)
     num_rows, num_classes = logits.shape
-    shape = one_load_shape(num_classes, logits.element_size(), aligned=_aligned(logits),
-                           smoothed=label_smoothing != 0.0, softcapped=softcap != 0.0)
+    shape = one_load_shape(num_classes, logits.element_size(), aligned=_aligned(logits), smoothed=terms[1] != 0.0,
+                           softcapped=terms[3] != 0.0)
     if shape is None or num_rows == 0:
-        return _stream(logits, targets, scale, grads, ignore_index, label_smoothing, z_loss, softcap)
-    losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(losses)
-    _one_load_kernel[(num_rows,)](
-        logits, targets.contiguous(), scale, losses, lse, grads, _row_stride(scale), logits.stride(0), ignore_index,
-        label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
-        ALIGNED=_aligned(logits), **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape, True))
+        return _stream(logits, targets, scale, grads, *terms)
+    losses, lse = (logits.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    with torch.cuda.device_of(logits):
+        _one_load_kernel[(num_rows,)](
+            logits, targets.contiguous(), scale, losses, lse, grads, scale.stride(0) if scale.dim() else 0,
+            logits.stride(0), *terms, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
+            ALIGNED=_aligned(logits), **_flags(logits, *terms[1:]), **_options(shape, True))
     return losses, lse
 
 
@@ -383,30 +384,27 @@ def scale_inplace(grad: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(f"grad has strides {grad.stride()}; scale_inplace takes a contiguous tensor")
     if grad.numel():
         shape = streaming_shape(grad.numel(), grad.element_size())
-        _scale_kernel[(triton.cdiv(grad.numel(), shape.block),)](
-            grad, scale, grad.numel(), BLOCK=shape.block, SOFTWARE_BF16=_software_bf16(grad),
-            **_options(shape))
+        with torch.cuda.device_of(grad):
+            _scale_kernel[(triton.cdiv(grad.numel(), shape.block),)](
+                grad, scale, grad.numel(), BLOCK=shape.block, SOFTWARE_BF16=_software_bf16(grad), **_options(shape))
     return grad
 
 
-def _stream(logits: Tensor, targets: Tensor, scale: Tensor | None, grads: Tensor | None, ignore_index: int,
-            label_smoothing: float, z_loss: float, softcap: float) -> tuple[Tensor, Tensor]:
+def _stream(logits: Tensor, targets: Tensor, scale: Tensor | None, grads: Tensor | None,
+            *terms: float) -> tuple[Tensor, Tensor]:
     logits = _checked(logits, targets)
     num_rows, num_classes = logits.shape
-    losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(losses)
+    losses, lse = (logits.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     if num_rows:
-        shape = streaming_shape(num_classes, logits.element_size())
-        _streaming_kernel[(num_rows,)](
-            logits, targets.contiguous(), scale, losses, lse, grads, 0 if scale is None else _row_stride(scale),
-            logits.stride(0), ignore_index, label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
-            GROUP=BYTES_PER_ACCESS // logits.element_size(), ALIGNED=_aligned(logits), WITH_GRADIENT=scale is not None,
-            **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
+        row_stride = scale.stride(0) if scale is not None and scale.dim() else 0
+        shape = streaming_shape(num_classes, logits.element_size(), aligned=_aligned(logits))
+        with torch.cuda.device_of(logits):
+            _streaming_kernel[(num_rows,)](
+                logits, targets.contiguous(), scale, losses, lse, grads, row_stride, logits.stride(0), *terms,
+                V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
+                ALIGNED=_aligned(logits), WITH_GRADIENT=scale is not None, **_flags(logits, *terms[1:]),
+                **_options(shape))
     return losses, lse
-
-
-def _row_stride(scale: Tensor) -> int:
-    return scale.stride(0) if scale.dim() else 0
 
 
 def _flags(logits: Tensor, label_smoothing: float, z_loss: float, softcap: float) -> dict[str, bool]:
@@ -426,10 +424,12 @@ def _aligned(logits: Tensor) -> bool:
 
 
 def _options(shape: Shape, holds_row: bool = False) -> dict[str, int]:
+    # Every launch sits in `torch.cuda.device_of`: Triton launches on the current device, wherever the tensors are.
     if torch.version.hip:
         return {"num_warps": max(1, shape.threads // 64)}
-    # Left alone, the compiler gives 256 threads a few registers over the 128 with which two programs fit.
-    return {"num_warps": shape.threads // 32} | ({"maxnreg": 128} if holds_row and shape.threads == 256 else {})
+    # Left alone, the compiler takes a few registers over the number with which two programs fit.
+    limit = {(256, True): 128, (512, False): 64}.get((shape.threads, holds_row))
+    return {"num_warps": shape.threads // 32} | ({"maxnreg": limit} if limit else {})
 
 
 def _check_device(tensor: Tensor) -> None:

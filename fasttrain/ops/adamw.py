@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..utils import on_host, read_scalar
-from ._dispatch import IMPLEMENTATIONS, Impl, resolve
+from ._dispatch import FORCED_IMPL, IMPLEMENTATIONS, Impl, resolve
 
 IMPLEMENTATIONS["adamw"] = ("reference",)
 
@@ -87,13 +87,15 @@ class AdamW(Optimizer):
         ):
             if not holds:
                 raise ValueError(f"AdamW: {name} is {value!r}; it {rule}")
-        self.max_grad_norm, self.ema_decay, self.impl = max_grad_norm, ema_decay, impl
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.impl = "reference" if impl == "auto" and FORCED_IMPL == "reference" else impl
         self.state_dtype = _STATE_DTYPES[state_dtype]
         self.grad_norm = self.last_found_inf = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for p in group["params"]:
-                resolve("adamw", impl, p)  # an impl that cannot serve is refused now, not in step 1
+        if impl != "auto":  # one that cannot serve is refused now, not in step 1
+            for group in self.param_groups:
+                for p in group["params"]:
+                    resolve("adamw", impl, p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | float | None = None,

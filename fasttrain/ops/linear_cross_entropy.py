@@ -18,8 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import TRITON_INTERPRETED
+from ..utils import on_host, read_scalar
 from ._dispatch import IMPLEMENTATIONS, Impl, resolve
-from .cross_entropy import TERMS_SCHEMA, Reduction, Terms, check_terms, cross_entropy_reference, raise_if_target_out_of_range
+from .cross_entropy import (
+    TERMS_SCHEMA,
+    Reduction,
+    Terms,
+    check_terms,
+    cross_entropy_reference,
+    raise_if_target_out_of_range,
+)
 
 IMPLEMENTATIONS["linear_cross_entropy"] = ("reference", "cpp", "triton")
 
@@ -30,9 +38,9 @@ MIN_ROWS = 128
 """Of a chunk, whatever they take: each chunk reads the whole weight, and writes its whole gradient."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100,
-                         label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
-                         reduction: Reduction = "mean", impl: Impl = "auto") -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
+                         ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+                         softcap: float | None = None, reduction: Reduction = "mean", impl: Impl = "auto") -> Tensor:
     """`cross_entropy(hidden @ weight.T + bias, targets, ...)` in the memory of one chunk of logits.
 
     Args:
@@ -54,8 +62,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bia
         ValueError: wrong shape, dtype, device or option.
         IndexError: a target out of range. On CUDA, where looking would stall the device, that row's loss is NaN.
 
-    Memory beyond results and gradients: one chunk of logits, `WORKSPACE_BYTES` or `MIN_ROWS` rows if those are more; for
-    16-bit weights also a float32 copy (CPU) and a float32 sum of the gradient.
+    Memory beyond results and gradients: one chunk of logits, `WORKSPACE_BYTES` or `MIN_ROWS` rows if those are more;
+    for 16-bit weights also a float32 copy (CPU) and a float32 sum of the gradient.
 
     Saved for backward: the inputs; with "mean" and "sum" also the finished gradients of those inputs that want one.
     With "none" they are computed in the backward, which computes the logits again.
@@ -73,7 +81,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bia
     try:
         if chosen == "reference":
             return linear_cross_entropy_reference(hidden, weight, targets, bias, terms, reduction)
-        return _run("fasttrain_interpreted" if interpreted else "fasttrain", hidden, weight, bias, targets, terms, reduction)
+        namespace = "fasttrain_interpreted" if interpreted else "fasttrain"
+        return _run(namespace, hidden, weight, bias, targets, terms, reduction)
     except (RuntimeError, IndexError):
         raise_if_target_out_of_range(targets, weight.size(0), ignore_index)
         raise
@@ -90,25 +99,30 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
 
 def _run(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, terms: Terms,
          reduction: Reduction) -> Tensor:
-    kernels = getattr(torch.ops, namespace)
+    kernels: Any = getattr(torch.ops, namespace)
     compute = _compute_dtype(hidden, weight)
+    loss: Tensor
     if reduction == "none":
-        return kernels.linear_cross_entropy_forward(hidden, weight, bias, targets, compute, *terms)
+        loss = kernels.linear_cross_entropy_forward(hidden, weight, bias, targets, compute, *terms)
+        return loss
     scale = torch.ones((), dtype=_at_least_float32(compute), device=hidden.device)
     if reduction == "mean":
         scale = scale / (targets != terms.ignore_index).sum()
     needs = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     if not torch.is_grad_enabled() or not any(needs):
-        return kernels.linear_cross_entropy_forward(hidden, weight, bias, targets, compute, *terms).sum() * scale
-    if torch.compiler.is_compiling():
-        return kernels.linear_cross_entropy_fused(hidden, weight, bias, targets, scale, compute, needs, *terms)[0]
-    return _GradientInForward.apply(hidden, weight, bias, targets, scale, compute, terms, namespace)
+        loss = kernels.linear_cross_entropy_forward(hidden, weight, bias, targets, compute, *terms).sum() * scale
+    elif torch.compiler.is_compiling():
+        loss = kernels.linear_cross_entropy_fused(hidden, weight, bias, targets, scale, compute, needs, *terms)[0]
+    else:
+        loss = _GradientInForward.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, targets, scale, compute, terms, namespace)
+    return loss
 
 
 class _GradientInForward(torch.autograd.Function):
     """scale * sum of the losses, with its gradients computed from the same logits.
 
-    Outside a compiled graph this replaces the op's own autograd, which may not hand out what it saved and would copy it.
+    Outside a compiled graph this stands in for the op's own autograd, which may not hand out what it saved: a copy.
     """
 
     @staticmethod
@@ -127,9 +141,10 @@ class _GradientInForward(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         gradients, ctx.gradients = ctx.gradients, None  # handed out once: their receivers may write to them
         if gradients is None:  # a second backward over a retained graph
+            row_gradients = (grad_output * scale).expand(targets.size(0))
             gradients = getattr(torch.ops, ctx.namespace).linear_cross_entropy_backward(
-                (grad_output * scale).expand(targets.size(0)), hidden, weight, bias, targets, ctx.compute, needs, *ctx.terms)
-        elif hidden.device.type != "cpu" or grad_output.item() != 1.0:  # reading a CPU scalar waits for nobody
+                hidden, weight, bias, targets, row_gradients, ctx.compute, needs, *ctx.terms)
+        elif not on_host(hidden.device) or read_scalar(grad_output.detach()) != 1.0:  # never waits for a device
             for gradient, needed in zip(gradients, needs):
                 if needed:
                     _scale_in_place(gradient, grad_output)
@@ -137,8 +152,8 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _scale_in_place(gradient: Tensor, factor: Tensor) -> None:
-    if gradient.device.type == "cpu":
-        gradient.mul_(factor.item())  # a Python number is not rounded to the gradient's type
+    if on_host(gradient.device):
+        gradient.mul_(read_scalar(factor.detach()))  # a Python number is not rounded to the gradient's type
         return
     from ..kernels.cross_entropy import scale_inplace  # triton is imported by the first call that needs it
 
@@ -148,7 +163,8 @@ def _scale_in_place(gradient: Tensor, factor: Tensor) -> None:
 def _refuse_second_derivative() -> None:
     # create_graph=True: a gradient without a graph would silently drop terms. Tracing a backward is no such request.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("linear_cross_entropy has no second derivative in its compiled form; use impl='reference' with create_graph=True")
+        raise RuntimeError("linear_cross_entropy has no second derivative in its compiled form; use impl='reference' "
+                           "with create_graph=True")
 
 
 def _wanted(gradients: Any, needs: Any) -> list[Tensor | None]:
@@ -170,15 +186,15 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def _rows_per_chunk(num_rows: int, num_classes: int, element_size: int, device_type: str) -> int:
     """Equal chunks within the budget: a last chunk of few rows would read the weight for little."""
-    most = max(MIN_ROWS, WORKSPACE_BYTES.get(device_type, WORKSPACE_BYTES["cuda"]) // (num_classes * element_size))
+    most = max(MIN_ROWS, WORKSPACE_BYTES["cpu" if device_type == "cpu" else "cuda"] // (num_classes * element_size))
     if num_rows <= most:
         return max(num_rows, 1)
     equal = math.ceil(num_rows / math.ceil(num_rows / most))
     return min(most, math.ceil(equal / 16) * 16)  # whole tiles of a matrix product
 
 
-def _chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor | None,
-             compute: torch.dtype, needs: Any, terms: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+             scale: Tensor | None, compute: torch.dtype, needs: Any, terms: Terms) -> tuple[Tensor, ...]:
     """Losses (N,) and, given `scale` (0-d or (N,)), the gradients of sum(scale * losses) that `needs` asks for."""
     kernels, wide = getattr(torch.ops, namespace), _at_least_float32(compute)
     num_rows, num_classes = hidden.size(0), weight.size(0)
@@ -192,7 +208,7 @@ def _chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
     added = None if bias is None else bias.to(compute)
     workspace = _empty_matrix(namespace, step, num_classes, compute, hidden.device)
     losses = torch.zeros(num_rows, dtype=wide, device=hidden.device)
-    grad_hidden, grad_weight, grad_bias = _empty_gradients(namespace, hidden, weight, wide, needs, partial=rows is not None)
+    grad_hidden, grad_weight, grad_bias = _empty_gradients(namespace, hidden, weight, wide, needs, rows is not None)
     for begin in range(0, count, step):
         at = slice(begin, min(begin + step, count)) if rows is None else rows[begin:begin + step]
         h, y = hidden[at].to(compute), targets[at]  # (n, D), (n,)
@@ -216,16 +232,19 @@ def _chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
             grad_bias += z.sum(0, dtype=wide)
     if count == 0 and needs[1]:
         grad_weight.zero_()
-    return losses, grad_hidden, grad_weight.to(weight.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)
+    return losses, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to((weight if bias is None else bias).dtype)
 
 
-def _losses(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype,
-            terms: Terms) -> Tensor:
+def _losses(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+            compute: torch.dtype, terms: Terms) -> Tensor:
+    """Losses (N,) alone: of one kernel that writes no logits, or in chunks."""
     if hidden.device.type != "cpu" or namespace != "fasttrain":
         from ..kernels import linear_cross_entropy as kernels  # triton is imported by the first call that needs it
 
         if hidden.size(1) <= kernels.MAX_HIDDEN:
-            return kernels.linear_cross_entropy_forward(hidden.to(compute), weight.to(compute), bias, targets, **terms._asdict())[0]  # type: ignore[no-any-return]
+            losses: Tensor = kernels.linear_cross_entropy_forward(
+                hidden.to(compute), weight.to(compute), bias, targets, **terms._asdict())[0]
+            return losses
     return _chunked(namespace, hidden, weight, bias, targets, None, compute, [False] * 3, terms)[0]
 
 
@@ -246,7 +265,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         total.add_(torch.mm(a, b))
 
 
-def _empty_gradients(namespace: str, hidden: Tensor, weight: Tensor, wide: torch.dtype, needs: Any, *, partial: bool) -> list[Tensor]:
+def _empty_gradients(namespace: str, hidden: Tensor, weight: Tensor, wide: torch.dtype, needs: Any,
+                     partial: bool) -> list[Tensor]:
     """The three gradients before their first chunk; those that nobody wants are empty."""
     (num_classes, size), device = weight.shape, weight.device
     grad_hidden = torch.zeros if partial else torch.empty
@@ -275,15 +295,18 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; it must be (N, D): flatten with hidden.view(-1, D)")
     if weight.dim() != 2 or weight.size(1) != hidden.size(1):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (V, D) with D = {hidden.size(1)}, hidden's last dimension")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (V, D) with D = {hidden.size(1)}, "
+                         "hidden's last dimension")
     if weight.size(0) == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; there must be at least one class")
     if targets.dim() != 1 or targets.size(0) != hidden.size(0):
-        raise ValueError(f"targets have shape {tuple(targets.shape)}; they must be (N,) = ({hidden.size(0)},), one per row of hidden")
+        raise ValueError(f"targets have shape {tuple(targets.shape)}; they must be (N,) = ({hidden.size(0)},), one per "
+                         "row of hidden")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets are {targets.dtype}; they must be class ids in int64 (or int32)")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be (V,) = ({weight.size(0)},), one per row of weight")
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be (V,) = ({weight.size(0)},), one per row of "
+                         "weight")
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in floats:
             raise ValueError(f"{name} is {tensor.dtype}; it must be float32, bfloat16, float16 or float64")
@@ -292,63 +315,59 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; all must be on one device")
 
 
-_INPUTS_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
-
-
-def _register(namespace: str, devices: tuple[str, ...]) -> torch.library.Library:
+def _register(namespace: str, devices: tuple[str, ...]) -> Any:
     """The three ops in one namespace: schema, implementation, shapes for tracing, autograd."""
-    library = torch.library.Library(namespace, "FRAGMENT")
-    library.define(f"linear_cross_entropy_forward({_INPUTS_SCHEMA}, ScalarType compute, {TERMS_SCHEMA}) -> Tensor")
-    library.define(f"linear_cross_entropy_fused({_INPUTS_SCHEMA}, Tensor scale, ScalarType compute, bool[] needs, {TERMS_SCHEMA})"
-                   " -> (Tensor, Tensor, Tensor, Tensor)")
-    library.define(f"linear_cross_entropy_backward(Tensor grad_losses, {_INPUTS_SCHEMA}, ScalarType compute, bool[] needs, {TERMS_SCHEMA})"
-                   " -> (Tensor, Tensor, Tensor)")
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    inputs = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
+    gradients = f"{inputs}, Tensor scale, ScalarType compute, bool[] needs, {TERMS_SCHEMA}"
+    library.define(f"linear_cross_entropy_forward({inputs}, ScalarType compute, {TERMS_SCHEMA}) -> Tensor")
+    library.define(f"linear_cross_entropy_fused({gradients}) -> (Tensor, Tensor, Tensor, Tensor)")
+    library.define(f"linear_cross_entropy_backward({gradients}) -> (Tensor, Tensor, Tensor)")
     if namespace == "fasttrain":
         library.define("empty_matrix(Tensor like, int rows, int columns) -> Tensor")
 
-    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype, *terms: Any) -> Tensor:
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype,
+                *terms: Any) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return _losses(namespace, hidden, weight, bias, targets, compute, Terms(*terms))
 
-    def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, compute: torch.dtype,
-              needs: Any, *terms: Any) -> tuple[Tensor, ...]:
+    def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
+              compute: torch.dtype, needs: Any, *terms: Any) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            losses, *gradients = _chunked(namespace, hidden, weight, bias, targets, scale, compute, needs, Terms(*terms))
-            return losses.sum() * scale, *gradients
+            losses, *rest = _chunked(namespace, hidden, weight, bias, targets, scale, compute, needs, Terms(*terms))
+            return losses.sum() * scale, *rest
 
-    def backward(grad_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype,
-                 needs: Any, *terms: Any) -> tuple[Tensor, ...]:
+    def backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
+                 compute: torch.dtype, needs: Any, *terms: Any) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            return _chunked(namespace, hidden, weight, bias, targets, grad_losses, compute, needs, Terms(*terms))[1:]
+            return _chunked(namespace, hidden, weight, bias, targets, scale, compute, needs, Terms(*terms))[1:]
 
-    def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Any) -> tuple[Tensor, ...]:
+    def forward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype,
+                     *terms: Any) -> Tensor:
+        return hidden.new_empty(hidden.size(0), dtype=_at_least_float32(compute))
+
+    def backward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
+                      compute: torch.dtype, needs: Any, *terms: Any) -> tuple[Tensor, ...]:
         grad_weight = weight.new_empty(weight.shape if needs[1] else (0,))
         if needs[1] and _is_transposed(weight):
             grad_weight = weight.new_empty(weight.t().shape).t()
-        return (hidden.new_empty(hidden.shape if needs[0] else (0,)), grad_weight,
-                (weight if bias is None else bias).new_empty(weight.shape[:1] if needs[2] else (0,)))
+        grad_bias = (weight if bias is None else bias).new_empty(weight.shape[:1] if needs[2] else (0,))
+        return hidden.new_empty(hidden.shape if needs[0] else (0,)), grad_weight, grad_bias
 
-    def forward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype, *terms: Any) -> Tensor:
-        return hidden.new_empty(hidden.size(0), dtype=_at_least_float32(compute))
-
-    def fused_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, compute: torch.dtype,
-                   needs: Any, *terms: Any) -> tuple[Tensor, ...]:
-        return scale.new_empty(()), *fake_gradients(hidden, weight, bias, needs)
-
-    def backward_fake(grad_losses: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-                      compute: torch.dtype, needs: Any, *terms: Any) -> tuple[Tensor, ...]:
-        return fake_gradients(hidden, weight, bias, needs)
+    def fused_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
+                   *rest: Any) -> tuple[Tensor, ...]:
+        return scale.new_empty(()), *backward_fake(hidden, weight, bias, targets, scale, *rest)
 
     def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.compute = inputs[:5]
         ctx.terms = inputs[5:]
         ctx.save_for_backward(*tensors)
 
-    def forward_backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+    def backward_of_forward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         needs = list(ctx.needs_input_grad[:3])
         op = getattr(torch.ops, namespace).linear_cross_entropy_backward
-        return (*_wanted(op(grad_losses, *ctx.saved_tensors, ctx.compute, needs, *ctx.terms), needs), *[None] * 6)
+        return (*_wanted(op(*ctx.saved_tensors, grad_losses, ctx.compute, needs, *ctx.terms), needs), *[None] * 6)
 
     def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.needs = inputs[6]
@@ -356,19 +375,22 @@ def _register(namespace: str, devices: tuple[str, ...]) -> torch.library.Library
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def fused_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward_of_fused(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         if grad_loss is None:
             return (None,) * 11
         gradients = [(grad_loss * gradient).to(gradient.dtype) for gradient in ctx.saved_tensors]
         return (*_wanted(gradients, ctx.needs), *[None] * 8)
 
-    for name, implementation, fake in (("forward", forward, forward_fake), ("fused", fused, fused_fake), ("backward", backward, backward_fake)):
+    autograd = torch.library.register_autograd
+    for name, implementation, fake in (("forward", forward, forward_fake), ("fused", fused, fused_fake),
+                                       ("backward", backward, backward_fake)):
         for device in devices:
             library.impl(f"linear_cross_entropy_{name}", implementation, device)
         torch.library.register_fake(f"{namespace}::linear_cross_entropy_{name}", fake, lib=library)
-    torch.library.register_autograd(f"{namespace}::linear_cross_entropy_forward", forward_backward, setup_context=save_inputs, lib=library)
-    torch.library.register_autograd(f"{namespace}::linear_cross_entropy_fused", fused_backward, setup_context=save_gradients, lib=library)
+    name = f"{namespace}::linear_cross_entropy"
+    autograd(f"{name}_forward", backward_of_forward, setup_context=save_inputs, lib=library)
+    autograd(f"{name}_fused", backward_of_fused, setup_context=save_gradients, lib=library)
     return library
 
 

@@ -40,8 +40,14 @@ def test_losses_agree_with_float64(N: int, D: int, V: int, terms: dict[str, Any]
     hidden, weight, bias, targets = head(N, D, V, dtype)
     targets[1::4] = IGNORE
     for offset in (None, bias):
-        truth = linear_cross_entropy_reference(hidden.double(), weight.double(), targets,
-                                               None if offset is None else offset.double(), Terms(**terms), "none")
+        truth = linear_cross_entropy_reference(
+            hidden.double(),
+            weight.double(),
+            targets,
+            None if offset is None else offset.double(),
+            Terms(**terms),
+            "none",
+        )
         with count_bytes():
             losses, lse = kernels.linear_cross_entropy_forward(hidden, weight, offset, targets, **terms)
         torch.testing.assert_close(losses.double(), truth, rtol=1e-5, atol=1e-5)
@@ -79,17 +85,22 @@ def test_strided_input_and_wrong_types() -> None:
     hidden, weight, _, targets = head(5, 16, 100)
     want, _ = kernels.linear_cross_entropy_forward(hidden, weight, None, targets, **PLAIN)
     wide = torch.stack([hidden, hidden], 1)[:, 0]
-    got, _ = kernels.linear_cross_entropy_forward(wide, weight.t().contiguous().t(), None, torch.stack([targets] * 2, 1)[:, 0], **PLAIN)
+    got, _ = kernels.linear_cross_entropy_forward(
+        wide, weight.t().contiguous().t(), None, torch.stack([targets] * 2, 1)[:, 0], **PLAIN
+    )
     assert torch.equal(got, want)
     with pytest.raises(ValueError, match=r"float32 and weight torch.float16.*one type"):
         kernels.linear_cross_entropy_forward(hidden, weight.half(), None, targets, **PLAIN)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("terms", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0}], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "terms", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0}], ids=["plain", "everything"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_op_gives_loss_and_gradients_of_the_reference(reduction: Any, terms: dict[str, Any], dtype: torch.dtype,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_gives_loss_and_gradients_of_the_reference(
+    reduction: Any, terms: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MIN_ROWS", 4)  # three chunks
     monkeypatch.setattr(module, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
     *tensors, targets = head(11, 24, 300, dtype)
@@ -101,7 +112,14 @@ def test_the_op_gives_loss_and_gradients_of_the_reference(reduction: Any, terms:
         (loss * torch.linspace(-1, 2, loss.numel() or 1).view(loss.shape)).sum().backward()
         results.append([loss.detach(), hidden.grad, weight.grad, bias.grad])
     for got, want in zip(*results):
-        torch.testing.assert_close(got.double(), want.double(), rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-5 + 0.1 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            got.double(),
+            want.double(),
+            rtol=2 * torch.finfo(dtype).eps + 1e-5,
+            atol=1e-5 + 0.1 * torch.finfo(dtype).eps,
+        )
     with torch.no_grad():
-        loss = ops.linear_cross_entropy(*tensors[:2], targets, bias=tensors[2], reduction=reduction, impl="triton", **terms)
+        loss = ops.linear_cross_entropy(
+            *tensors[:2], targets, bias=tensors[2], reduction=reduction, impl="triton", **terms
+        )
     torch.testing.assert_close(loss.double(), results[1][0].double(), rtol=1e-5, atol=1e-5)

@@ -26,7 +26,11 @@ _C = extension()
 needs_extension = pytest.mark.skipif(_C is None, reason="the compiled extension is not installed")
 ISAS = _C.available_isas() if _C else []
 IMPLS = ["reference", pytest.param("cpp", marks=needs_extension)]
-TERMS: list[dict[str, Any]] = [{}, {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 3.0}, {"ignore_index": 1, "label_smoothing": 1.0}]
+TERMS: list[dict[str, Any]] = [
+    {},
+    {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 3.0},
+    {"ignore_index": 1, "label_smoothing": 1.0},
+]
 Results = tuple[Tensor, Tensor, Tensor, Tensor | None]
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 
@@ -54,7 +58,9 @@ def head(N: int, D: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Te
     return hidden.to(dtype), (weight * 4 / D**0.5).to(dtype), bias.to(dtype), targets
 
 
-def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, upstream: Tensor | float = 1.0, **options: Any) -> Results:
+def run(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, upstream: Tensor | float = 1.0, **options: Any
+) -> Results:
     """Loss and the three gradients; the leaves keep the strides of what is passed."""
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (hidden, weight, bias)]
     loss = ops.linear_cross_entropy(leaves[0], leaves[1], targets, bias=leaves[2], **options)  # type: ignore[arg-type]
@@ -62,10 +68,18 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, up
     return loss.detach(), leaves[0].grad, leaves[1].grad, None if leaves[2] is None else leaves[2].grad  # type: ignore[return-value,union-attr]
 
 
-def assert_as_exact_as_pytorch(*tensors: Any, upstream: Tensor | float = 1.0, impl: str = "cpp", **options: Any) -> None:
+def assert_as_exact_as_pytorch(
+    *tensors: Any, upstream: Tensor | float = 1.0, impl: str = "cpp", **options: Any
+) -> None:
     got = run(*tensors, upstream, impl=impl, **options)
     plain = run(*tensors, upstream, impl="reference", **options)
-    truth = run(*(None if t is None or not t.is_floating_point() else t.double() for t in tensors[:3]), tensors[3], upstream, impl="reference", **options)
+    truth = run(
+        *(None if t is None or not t.is_floating_point() else t.double() for t in tensors[:3]),
+        tensors[3],
+        upstream,
+        impl="reference",
+        **options,
+    )
     for ours, theirs, exact in zip(got, plain, truth):
         if exact is None:
             continue
@@ -80,19 +94,34 @@ def assert_as_exact_as_pytorch(*tensors: Any, upstream: Tensor | float = 1.0, im
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_loss_and_gradients_are_as_exact_as_pytorchs(isa: str, reduction: str, with_bias: bool, terms: dict[str, Any]) -> None:
+def test_loss_and_gradients_are_as_exact_as_pytorchs(
+    isa: str, reduction: str, with_bias: bool, terms: dict[str, Any]
+) -> None:
     for N, D, V in [(1, 1, 1), (5, 3, 2), (33, 16, 63), (20, 40, 1003)]:
         hidden, weight, bias, targets = head(N, D, V)
         targets[targets == -100] = terms.get("ignore_index", -100)
         upstream = torch.linspace(-1, 2, N) if reduction == "none" else 0.37
-        assert_as_exact_as_pytorch(hidden, weight, bias if with_bias else None, targets, upstream=upstream, reduction=reduction, **terms)
+        assert_as_exact_as_pytorch(
+            hidden, weight, bias if with_bias else None, targets, upstream=upstream, reduction=reduction, **terms
+        )
 
 
 @needs_extension
-@pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32),
-                                   (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "types",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_16_bit_and_mixed_inputs_are_computed_in_float32(types: tuple[torch.dtype, torch.dtype], reduction: str) -> None:
+def test_16_bit_and_mixed_inputs_are_computed_in_float32(
+    types: tuple[torch.dtype, torch.dtype], reduction: str
+) -> None:
     hidden, weight, bias, targets = head(40, 24, 301)
     upstream = torch.linspace(-1, 2, 40) if reduction == "none" else 0.37
     tensors = hidden.to(types[0]), weight.to(types[1]), bias.to(types[0]), targets
@@ -104,7 +133,10 @@ def test_the_weights_gradient_is_summed_in_float32() -> None:
     """Summed in bfloat16, a thousand chunks' worth of rows would stop counting at about 256 of them."""
     hidden, weight = torch.ones(3000, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16)
     targets = torch.zeros(3000, dtype=torch.int64)
-    assert run(hidden, weight, None, targets, impl="cpp", reduction="sum")[2].flatten().tolist() == [-1504.0, 1504.0]  # 1500, rounded once
+    assert run(hidden, weight, None, targets, impl="cpp", reduction="sum")[2].flatten().tolist() == [
+        -1504.0,
+        1504.0,
+    ]  # 1500, rounded once
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -136,9 +168,13 @@ def test_no_rows_give_nan_mean_zero_sum_and_zero_gradients(impl: str) -> None:
 def test_any_strides(layout: str, which: int) -> None:
     tensors = list(head(15, 12, 31))
     base = tensors[which]
-    tensors[which] = {"transposed": base.t().contiguous().t(), "sliced columns": torch.cat([base, base], 1)[:, 12:],
-                      "every other row": base.repeat_interleave(2, 0)[::2], "expanded": base[:1].expand_as(base),
-                      "offset": torch.cat([torch.zeros(1), base.flatten()])[1:].view_as(base)}[layout]
+    tensors[which] = {
+        "transposed": base.t().contiguous().t(),
+        "sliced columns": torch.cat([base, base], 1)[:, 12:],
+        "every other row": base.repeat_interleave(2, 0)[::2],
+        "expanded": base[:1].expand_as(base),
+        "offset": torch.cat([torch.zeros(1), base.flatten()])[1:].view_as(base),
+    }[layout]
     dense = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
     for reduction in ("mean", "none"):
         got = run(*tensors, impl="cpp", reduction=reduction)
@@ -154,18 +190,28 @@ def test_a_transposed_parameter_takes_over_its_gradient_without_a_copy() -> None
     for parameter in (weight, weight.t().contiguous().t()):
         leaf = parameter.detach().requires_grad_()
         op = torch.ops.fasttrain.linear_cross_entropy_fused
-        grad_weight = op(hidden, leaf, None, targets, torch.ones(()), torch.float32, [False, True, False], -100, 0.0, 0.0, 0.0)[2]
+        grad_weight = op(
+            hidden, leaf, None, targets, torch.ones(()), torch.float32, [False, True, False], -100, 0.0, 0.0, 0.0
+        )[2]
         assert grad_weight.stride() == leaf.stride()
 
 
 @needs_extension
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)], ids=str
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[bool, ...], reduction: str) -> None:
     *tensors, targets = head(20, 8, 50)
     leaves = [tensor.requires_grad_(want) for tensor, want in zip(tensors, wanted)]
     full = run(*(leaf.detach() for leaf in leaves), targets, impl="reference", reduction=reduction)[1:]
-    names = products(lambda: ops.linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], impl="cpp", reduction=reduction).sum().backward())
+    names = products(
+        lambda: (
+            ops.linear_cross_entropy(*leaves[:2], targets, bias=leaves[2], impl="cpp", reduction=reduction)
+            .sum()
+            .backward()
+        )
+    )
     for leaf, want, expected in zip(leaves, wanted, full):
         if want:
             torch.testing.assert_close(leaf.grad, expected)
@@ -254,8 +300,11 @@ def test_gradcheck_in_float64(reduction: str) -> None:
     *tensors, targets = head(9, 3, 6, torch.float64)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     for terms in TERMS[:-1]:
+
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor, terms: dict[str, Any] = terms) -> Tensor:
-            return ops.linear_cross_entropy(hidden, weight, targets, bias=bias, impl="cpp", reduction=reduction, **terms)
+            return ops.linear_cross_entropy(
+                hidden, weight, targets, bias=bias, impl="cpp", reduction=reduction, **terms
+            )
 
         assert torch.autograd.gradcheck(loss, leaves, nondet_tol=1e-12)
 
@@ -265,7 +314,7 @@ def test_gradcheck_in_float64(reduction: str) -> None:
 def test_double_backward_is_refused_clearly(reduction: str) -> None:
     hidden, weight, _, targets = head(9, 3, 6)
     loss = ops.linear_cross_entropy(hidden.requires_grad_(), weight, targets, impl="cpp", reduction=reduction).sum()
-    with pytest.raises(RuntimeError, match="no second derivative.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*impl='reference'"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
@@ -279,7 +328,7 @@ def test_registered_ops_pass_opcheck(with_bias: bool) -> None:
     torch.library.opcheck(op.linear_cross_entropy_forward, (*leaves, torch.float32, *terms))
     torch.library.opcheck(op.linear_cross_entropy_fused, (*leaves, torch.tensor(0.5), torch.float32, needs, *terms))
     detached = [None if leaf is None else leaf.detach() for leaf in leaves]
-    torch.library.opcheck(op.linear_cross_entropy_backward, (torch.ones(9), *detached, torch.float32, needs, *terms))
+    torch.library.opcheck(op.linear_cross_entropy_backward, (*detached, torch.ones(9), torch.float32, needs, *terms))
     torch.library.opcheck(op.cross_entropy_fused_, (torch.randn(9, 6), targets, torch.tensor(0.5), *terms))
 
 
@@ -291,7 +340,9 @@ def test_compiles_without_a_graph_break(reduction: str, autocast: bool) -> None:
 
     def step(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return (ops.linear_cross_entropy(h * 2, w, y, bias=bias, reduction=reduction, label_smoothing=0.1) * 3).sum()
+            return (
+                ops.linear_cross_entropy(h * 2, w, y, bias=bias, reduction=reduction, label_smoothing=0.1) * 3
+            ).sum()
 
     torch._dynamo.reset()  # type: ignore[no-untyped-call]  # its limit of variants counts those of the other parameters too
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -361,15 +412,28 @@ print((status("VmHWM") - before) / (64 << 20))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_memory_stays_within_the_budget(reduction: str) -> None:
     """Resident memory at the peak of forward and backward, in units of the budget; the logits would be twice that."""
-    done = subprocess.run([sys.executable, "-c", MEASURE_MEMORY, "cpp", reduction], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE_MEMORY, "cpp", reduction], capture_output=True, text=True, check=True
+    )
     results = (16384 * 16 + 2048 * 16) * 4 / (64 << 20)
     assert 0.9 < float(done.stdout) - results < 1.1
 
 
-@pytest.mark.parametrize(("num_rows", "num_classes", "rows"), [
-    (1024, 50304, 256),  # four equal chunks, not three of 333 and one of 25
-    (1000, 50304, 256), (300, 50304, 300), (64, 128256, 64), (4096, 262144, 128), (0, 1000, 1), (100_000, 1000, 16672)])
-def test_chunks_are_equal_and_fit_the_budget(num_rows: int, num_classes: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "num_classes", "rows"),
+    [
+        (1024, 50304, 256),  # four equal chunks, not three of 333 and one of 25
+        (1000, 50304, 256),
+        (300, 50304, 300),
+        (64, 128256, 64),
+        (4096, 262144, 128),
+        (0, 1000, 1),
+        (100_000, 1000, 16672),
+    ],
+)
+def test_chunks_are_equal_and_fit_the_budget(
+    num_rows: int, num_classes: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     assert module._rows_per_chunk(num_rows, num_classes, 4, "cpu") == rows
     assert rows * num_classes * 4 <= 64 << 20 or rows == 128
@@ -385,22 +449,34 @@ def test_a_target_out_of_range_is_an_index_error_that_names_it(impl: str, bad: i
         ops.linear_cross_entropy(hidden.requires_grad_(), weight, targets, impl=impl, reduction=reduction)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"hidden": torch.zeros(2, 3, 4)}, r"hidden has shape \(2, 3, 4\).*flatten"),
-    ({"hidden": torch.zeros(8, 5, dtype=torch.int64)}, "hidden is torch.int64.*float32"),
-    ({"weight": torch.zeros(9, 4)}, r"weight has shape \(9, 4\).*D = 5"),
-    ({"weight": torch.zeros(0, 5)}, "at least one class"),
-    ({"weight": torch.zeros(9, 5, device="meta")}, "weight is on meta and hidden on cpu"),
-    ({"bias": torch.zeros(5)}, r"bias has shape \(5,\).*\(9,\)"),
-    ({"targets": torch.zeros(7, dtype=torch.int64)}, r"targets have shape \(7,\).*\(8,\)"),
-    ({"targets": torch.zeros(8)}, "targets are torch.float32.*int64"),
-    ({"label_smoothing": 1.5}, "label_smoothing is 1.5"), ({"softcap": 0.0}, "softcap is 0.0.*None"),
-    ({"reduction": "avg"}, "reduction is 'avg'.*'mean'"), ({"impl": "triton"}, "impl='triton' cannot serve.*CUDA"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(2, 3, 4)}, r"hidden has shape \(2, 3, 4\).*flatten"),
+        ({"hidden": torch.zeros(8, 5, dtype=torch.int64)}, "hidden is torch.int64.*float32"),
+        ({"weight": torch.zeros(9, 4)}, r"weight has shape \(9, 4\).*D = 5"),
+        ({"weight": torch.zeros(0, 5)}, "at least one class"),
+        ({"weight": torch.zeros(9, 5, device="meta")}, "weight is on meta and hidden on cpu"),
+        ({"bias": torch.zeros(5)}, r"bias has shape \(5,\).*\(9,\)"),
+        ({"targets": torch.zeros(7, dtype=torch.int64)}, r"targets have shape \(7,\).*\(8,\)"),
+        ({"targets": torch.zeros(8)}, "targets are torch.float32.*int64"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"softcap": 0.0}, "softcap is 0.0.*None"),
+        ({"reduction": "avg"}, "reduction is 'avg'.*'mean'"),
+        ({"impl": "triton"}, "impl='triton' cannot serve.*CUDA"),
+    ],
+)
 def test_bad_input_is_refused_with_the_rule(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"hidden": torch.zeros(8, 5), "weight": torch.zeros(9, 5), "targets": torch.zeros(8, dtype=torch.int64), **change}
+    arguments: dict[str, Any] = {
+        "hidden": torch.zeros(8, 5),
+        "weight": torch.zeros(9, 5),
+        "targets": torch.zeros(8, dtype=torch.int64),
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
-        ops.linear_cross_entropy(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), **arguments)
+        ops.linear_cross_entropy(
+            arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), **arguments
+        )
 
 
 def test_backend_info_says_what_runs() -> None:
@@ -412,4 +488,6 @@ def test_the_reference_is_the_logits_cross_entropy() -> None:
     hidden, weight, bias, targets = head(9, 3, 6, torch.float64)
     got = linear_cross_entropy_reference(hidden, weight, targets, bias, Terms(-100, 0.3, 0.01, 2.0), "none")
     logits = hidden @ weight.t() + bias
-    torch.testing.assert_close(got, ops.cross_entropy(logits, targets, label_smoothing=0.3, z_loss=0.01, softcap=2.0, reduction="none"))
+    torch.testing.assert_close(
+        got, ops.cross_entropy(logits, targets, label_smoothing=0.3, z_loss=0.01, softcap=2.0, reduction="none")
+    )
