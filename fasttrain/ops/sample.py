@@ -41,14 +41,16 @@ Shapes: B rows, V tokens, G = ceil(V / 256) groups.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from ._dispatch import IMPLEMENTATIONS, Impl, resolve
+from ..backend import CPP_PROBLEM
+from ._dispatch import FORCED_IMPL, IMPLEMENTATIONS, Impl, resolve
 
-IMPLEMENTATIONS["sample"] = ("reference",)
+IMPLEMENTATIONS["sample"] = ("reference", "cpp")
 
 GROUP_SIZE = 256
 TOKEN_DOMAIN, GROUP_DOMAIN = 0, 1
@@ -122,7 +124,8 @@ def sample(
             Each parameter is a number, or a (B,) tensor with one for each row.
         return_logprobs: also return the log-probability (natural, float32) of each token under the processed
             distribution, that is after temperature and filters.
-        impl: "auto" or "reference".
+        impl: "auto", "reference" or "cpp" (CPU). Inside torch.compile pass seed and position as tensors: a number is
+            a constant there, and every new one compiles again.
 
     Returns:
         (B,) int64 tokens on the logits' device, with `return_logprobs` a pair of them and (B,) float32.
@@ -132,17 +135,64 @@ def sample(
 
     Equivalent to: the module docstring's specification; in distribution to Hugging Face's warpers and `multinomial`.
     """
+    # The usual call of a decoding loop, without the microseconds of looking at each argument: the kernel refuses what it
+    # cannot take, and then the long way finds out why.
+    kinds = (type(temperature), type(top_k), type(top_p), type(min_p), type(seed), type(position))
+    if impl == "auto" and _CPP_IS_AUTO and logits.is_cpu and not logits.requires_grad and _PLAIN.issuperset(kinds):
+        try:
+            drawn: tuple[Tensor, Tensor] = _SAMPLE(logits, temperature, top_k, top_p, min_p, seed, position)
+        except (RuntimeError, TypeError, OverflowError):
+            pass
+        else:
+            return drawn if return_logprobs else drawn[0]
     if logits.dim() != 2 or logits.size(1) == 0:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (B, V) with at least one token")
     if not logits.is_floating_point():
         raise ValueError(f"logits are {logits.dtype}; they must be float32, bfloat16, float16 or float64")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     given |= {"seed": seed, "position": position}
-    parameters = _row_parameters(logits.size(0), logits.device, given)
-    chosen = resolve("sample", impl, logits)
-    assert chosen == "reference"  # the only one listed above
-    tokens, logprobs = sample_reference(logits.detach(), parameters)
+    if resolve("sample", impl, logits) == "reference":
+        tokens, logprobs = sample_reference(logits.detach(), _row_parameters(logits.size(0), logits.device, given))
+    else:
+        tokens, logprobs = _run(logits, given)
     return (tokens, logprobs) if return_logprobs else tokens
+
+
+def _run(logits: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The compiled kernel. It checks its arguments itself, which is faster; if it objects, the reason is found here."""
+    if logits.requires_grad:
+        logits = logits.detach()
+    if logits.dtype == torch.float64:
+        logits = logits.float()
+    if logits.stride(1) != 1 and logits.size(1) > 1:
+        logits = logits.contiguous()
+    try:
+        numbers, tensors = _kernel_arguments(logits, given)
+        return torch.ops.fasttrain.sample_rows.default(logits, *numbers, *tensors)  # type: ignore[no-any-return]
+    except (RuntimeError, TypeError, OverflowError):
+        _row_parameters(logits.size(0), logits.device, given)
+        _check_rows(logits.float(), 0)
+        raise
+
+
+def _kernel_arguments(logits: Tensor, given: dict[str, Any]) -> tuple[list[int | float], list[Tensor | None]]:
+    """Each parameter as a number for all rows, and as a tensor where it came as one."""
+    numbers: list[int | float] = []
+    tensors: list[Tensor | None] = []
+    for name, value in given.items():
+        whole = name in ("top_k", "seed", "position")
+        tensor = None
+        if isinstance(value, Tensor):
+            if value.dtype == torch.bool or value.is_complex() or (whole and value.is_floating_point()):
+                raise TypeError(f"{name} is a tensor of {value.dtype}")
+            tensor, value = value.to(logits.device, torch.int64 if whole else torch.float32), 0
+            if tensor.dim() == 0:
+                tensor = tensor.expand(logits.size(0))
+        elif isinstance(value, bool):
+            raise TypeError(f"{name} is a bool")
+        numbers.append(operator.index(value) if whole else float(value))
+        tensors.append(tensor)
+    return numbers, tensors
 
 
 def sample_reference(logits: Tensor, parameters: RowParameters) -> tuple[Tensor, Tensor]:
@@ -197,15 +247,7 @@ def log2(v: Tensor) -> Tensor:
 def _survivor_masses(logits: Tensor, parameters: RowParameters, first_row: int) -> Tensor:
     """Steps 0 to 2: int64 masses (R, V) of logits (R, V), 0 where a filter removed the token."""
     x = logits.float()
-    largest = x.amax(1, keepdim=True)  # NaN if there is one
-    bad = ~torch.isfinite(largest[:, 0])
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        found = "nothing but -inf" if largest[row] == -math.inf else "NaN" if bool(x[row].isnan().any()) else "+inf"
-        raise ValueError(
-            f"logits: row {first_row + row} holds {found}; there is no distribution to draw from. Look for a diverged "
-            "model, an overflow in reduced precision or a mask that bans every token"
-        )
+    largest = _check_rows(x, first_row)
     w = token_masses(x, largest, parameters.scale)
     use_top_k = (parameters.top_k > 0) & (parameters.top_k < x.size(1))
     if bool(use_top_k.any()):
@@ -223,6 +265,20 @@ def _survivor_masses(logits: Tensor, parameters: RowParameters, first_row: int) 
         before = leading.cumsum(1) - leading
         w = torch.zeros_like(w).scatter_(1, ids, torch.where(before < need, leading, 0))
     return torch.where(w >= parameters.min_mass[:, None], w, 0)
+
+
+def _check_rows(x: Tensor, first_row: int) -> Tensor:
+    """The largest value of each row, (R, 1); ValueError for the first row without a distribution."""
+    largest = x.amax(1, keepdim=True) if x.size(0) else x[:, :1]  # NaN if there is one
+    bad = ~torch.isfinite(largest[:, 0])
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        found = "nothing but -inf" if largest[row] == -math.inf else "NaN" if bool(x[row].isnan().any()) else "+inf"
+        raise ValueError(
+            f"logits: row {first_row + row} holds {found}; there is no distribution to draw from. Look for a diverged "
+            "model, an overflow in reduced precision or a mask that bans every token"
+        ) from None
+    return largest
 
 
 def token_masses(x: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
@@ -315,3 +371,23 @@ def _row_parameters(batch: int, device: torch.device, given: dict[str, Any]) -> 
     min_mass = (min_p * float(ONE)).ceil().long()
     rows = (scale, torch.where(greedy, 1, top_k), top_p, min_mass, seed, position)
     return RowParameters(*(tensor.expand(batch) for tensor in rows))
+
+
+_LIBRARY = torch.library.Library("fasttrain", "FRAGMENT")
+_NUMBERS = "Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, int position"
+_ROWS = "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seeds, Tensor? positions"
+_LIBRARY.define(f"sample({_NUMBERS}) -> (Tensor, Tensor)")
+# A parameter given as a tensor (B,), float32 or int64, takes the place of the number.
+_LIBRARY.define(f"sample_rows({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
+
+
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.size(0), dtype=torch.int64), logits.new_empty(logits.size(0), dtype=torch.float32)
+
+
+for _name in ("sample", "sample_rows"):
+    torch.library.register_fake(f"fasttrain::{_name}", _fake, lib=_LIBRARY)
+
+_SAMPLE = torch.ops.fasttrain.sample.default  # looked up once: a lookup costs a tenth of a small call
+_CPP_IS_AUTO = FORCED_IMPL == "auto" and not CPP_PROBLEM
+_PLAIN = frozenset({int, float})

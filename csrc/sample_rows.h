@@ -1,0 +1,531 @@
+// The row kernels of sample, written once over `Vec` and compiled once per instruction set: this file is included
+// inside namespaces fasttrain::{scalar,avx2,avx512} and therefore has no include guard. "Step n" is the specification's.
+//
+// A mass is at most 2^40.5 and has at most 24 significant bits, so a float holds it exactly, and float64 any sum of
+// 2^12 of them: all arithmetic on masses is vector arithmetic without rounding. Nothing is sorted. A first pass leaves
+// the maximum of every group of ids; filters then look only at groups that can matter, gather the tokens that can
+// matter side by side, and narrow an interval of logits around the cut until it is one value.
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr std::int64_t kExactSum = 2048;  // elements whose masses float64 adds exactly, with room to spare
+
+// Step 1.
+template <class V>
+struct MassOf {
+  V largest, scale;
+  MassOf(float max, float c) : largest(V::set(max)), scale(V::set(c)) {}
+  V operator()(V x) const {
+    const V t = V::max((x - largest) * scale, V::set(-100.0f));
+    const V n = floor(t + V::set(0.5f)), f = t - n;
+    V p = V::set(0.00015353362f);
+    p = p * f + V::set(0.0013398875f);
+    p = p * f + V::set(0.009618437f);
+    p = p * f + V::set(0.055503324f);
+    p = p * f + V::set(0.24022648f);
+    p = p * f + V::set(0.6931472f);
+    p = p * f + V::set(1.0f);
+    return floor(times_two_to(p, n + V::set(40.0f)));
+  }
+};
+
+template <class V, class T>
+inline V load_n(const T* p, std::int64_t n) {
+  return n >= V::width ? V::load(p) : V::load_part(p, static_cast<int>(n), kMinusInfinity);
+}
+
+// The maximum of every group and of the row; NaN for a row that holds one.
+template <class V, class T>
+float group_maxima(const T* x, std::int64_t n, float* maxima) {
+  Mask nan = greater(V::set(0), V::set(0));
+  V row_max = V::set(kMinusInfinity);
+  std::int64_t begin = 0;
+  for (; begin + kGroup <= n; begin += kGroup) {
+    V top[4] = {V::set(kMinusInfinity), V::set(kMinusInfinity), V::set(kMinusInfinity), V::set(kMinusInfinity)};
+    for (std::int64_t i = begin; i < begin + kGroup; i += 4 * V::width) {
+      const V a = V::load(x + i), b = V::load(x + i + V::width), c = V::load(x + i + 2 * V::width), d = V::load(x + i + 3 * V::width);
+      nan = either(nan, either(unordered(a, b), unordered(c, d)));
+      top[0] = V::max(top[0], a), top[1] = V::max(top[1], b), top[2] = V::max(top[2], c), top[3] = V::max(top[3], d);
+    }
+    const V group = V::max(V::max(top[0], top[1]), V::max(top[2], top[3]));
+    row_max = V::max(row_max, group);
+    *maxima++ = group.max();
+  }
+  if (begin < n) {
+    V group = V::set(kMinusInfinity);
+    for (std::int64_t i = begin; i < n; i += V::width) {
+      const V a = load_n<V>(x + i, n - i);
+      nan = either(nan, unordered(a, a));
+      group = V::max(group, a);
+    }
+    row_max = V::max(row_max, group);
+    *maxima = group.max();
+  }
+  return count(nan) != 0 ? std::numeric_limits<float>::quiet_NaN() : row_max.max();
+}
+
+// Steps 3 and 4 for `count` ids, a multiple of 16: the quotients of the race, infinite where the weight is 0. Plain
+// loops on purpose: the compiler makes vectors of whatever width the instruction set has.
+inline void philox_round(std::uint32_t (&c)[4], std::uint32_t k0, std::uint32_t k1) {
+  const std::uint64_t p0 = std::uint64_t{c[0]} * 0xD2511F53u, p1 = std::uint64_t{c[2]} * 0xCD9E8D57u;
+  const std::uint32_t a = static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ k0, b = static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ k1;
+  c[1] = static_cast<std::uint32_t>(p1);
+  c[3] = static_cast<std::uint32_t>(p0);
+  c[0] = a;
+  c[2] = b;
+}
+
+inline double log2_of(double v) {
+  const std::uint64_t bits = std::bit_cast<std::uint64_t>(v);
+  double m = std::bit_cast<double>((bits & 0x000fffffffffffffu) | 0x3fe0000000000000u);
+  double e = std::bit_cast<double>((bits >> 52) | 0x4330000000000000u) - (4503599627370496.0 + 1022.0);
+  const bool small = m < 0.7071067811865476;
+  m = small ? m * 2.0 : m;
+  e = small ? e - 1.0 : e;
+  const double s = (m - 1.0) / (m + 1.0), z = s * s;
+  double series = 0.15186263588304878;
+  series = series * z + 0.16972882833987804;
+  series = series * z + 0.19235933878519512;
+  series = series * z + 0.22195308321368668;
+  series = series * z + 0.26230818925253880;
+  series = series * z + 0.32059889797532520;
+  series = series * z + 0.41219858311113240;
+  series = series * z + 0.57707801635558540;
+  series = series * z + 0.96179669392597560;
+  series = series * z + 2.88539008177792680;
+  return e + s * series;
+}
+
+inline void race_quotients(const std::uint32_t* __restrict ids, const double* __restrict weights, std::int64_t count,
+                           std::uint32_t domain, std::uint64_t seed, std::uint64_t position, double* __restrict quotients) {
+  const std::uint32_t seed0 = static_cast<std::uint32_t>(seed), seed1 = static_cast<std::uint32_t>(seed >> 32);
+  const std::uint32_t position0 = static_cast<std::uint32_t>(position), position1 = static_cast<std::uint32_t>(position >> 32);
+  for (std::int64_t begin = 0; begin < count; begin += 16) {
+    std::uint32_t high[16], low[16];
+    for (int lane = 0; lane < 16; ++lane) {
+      std::uint32_t c[4] = {ids[begin + lane], domain, position0, position1}, k0 = seed0, k1 = seed1;
+#pragma GCC unroll 10
+      for (int round = 0; round < 10; ++round) {
+        philox_round(c, k0, k1);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+      }
+      high[lane] = c[0];
+      low[lane] = c[1];
+    }
+    for (int lane = 0; lane < 16; ++lane) {
+      // (2 ((r0 << 20) | (r1 >> 12)) + 1) 2^-53 from two signed conversions; the sum is exact.
+      const double r0 = static_cast<double>(static_cast<std::int32_t>(high[lane] ^ 0x80000000u)) + 2147483648.0;
+      const double r1 = static_cast<double>(static_cast<std::int32_t>((low[lane] >> 12) * 2u + 1u));
+      quotients[begin + lane] = -log2_of(r0 * 0x1p-32 + r1 * 0x1p-53) / weights[begin + lane];
+    }
+  }
+}
+
+// Index of the least quotient, the first of equals. Not negative, so they compare as integers.
+inline std::int64_t first_least(const double* quotients, std::int64_t count) {
+  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t i = 0; i < count; ++i) least = std::min(least, std::bit_cast<std::int64_t>(quotients[i]));
+  std::int64_t i = 0;
+  while (std::bit_cast<std::int64_t>(quotients[i]) != least) ++i;
+  return i;
+}
+
+// Where the order of step 2 is cut: `kept` of the `equal` tokens whose logit is x stay, and all with a larger one.
+struct Cut {
+  float x;
+  std::int64_t kept, equal;
+};
+
+template <class V, class T>
+class Row {
+ public:
+  explicit Row(Scratch& scratch) : s(scratch) {}
+
+  Fault prepare(const T* row, std::int64_t size, const RowParameters& parameters) {
+    x = row;
+    n = size;
+    num_groups = (n + kGroup - 1) / kGroup;
+    s.reserve(n, num_groups);
+    largest = group_maxima<V>(x, n, s.maxima.data());
+    if (!(largest < std::numeric_limits<float>::infinity() && largest > kMinusInfinity))
+      return largest != largest ? Fault::nan : largest > 0 ? Fault::infinity : Fault::nothing;
+    alone = parameters.top_k == 1 ? first_of_largest() : -1;
+    if (alone >= 0) return Fault::none;
+    scale = parameters.scale;
+    min_mass = parameters.min_mass;
+    listed = false;
+    cut = {kMinusInfinity, 0, 0};
+    tie_group = tie_id = n;
+    const bool by_rank = parameters.top_k > 0 && parameters.top_k < n, by_mass = parameters.top_p < 1;
+    if (by_rank) keep_leading(parameters.top_k);
+    if (by_mass) keep_share(parameters.top_p);
+    if (listed && cut.kept < cut.equal) find_last_tie();
+    weigh_groups();
+    return Fault::none;
+  }
+
+  std::pair<std::int64_t, float> draw(std::uint64_t seed, std::uint64_t position) {
+    if (alone >= 0) return {alone, 0.0f};
+    race_quotients(s.race_ids.data(), s.race_weights.data(), padded(num_racing), 1, seed, position, s.quotients.data());
+    const std::int64_t group = s.race_ids[first_least(s.quotients.data(), num_racing)];
+    alignas(64) std::uint32_t ids[kGroup];
+    alignas(64) double weights[kGroup];
+    const std::int64_t count = weigh_members(group, ids, weights);
+    race_quotients(ids, weights, padded(count), 0, seed, position, s.quotients.data());
+    const std::int64_t winner = first_least(s.quotients.data(), count);
+    const double share = log2_of(weights[winner]) - log2_of(static_cast<double>(total));
+    return {ids[winner], static_cast<float>(share * 0.6931471805599453)};
+  }
+
+ private:
+  Scratch& s;
+  const T* x = nullptr;
+  std::int64_t n = 0, num_groups = 0, num_racing = 0;
+  float largest = 0, scale = 0, min_mass = 0;
+  std::int64_t alone = -1;  // the only survivor, if that is known
+  bool listed = false;      // whether the candidates stand in s.list, group by group
+  float list_bound = 0;     // no listed logit is smaller
+  std::int64_t num_listed = 0, listed_mass = 0, total = 0;
+  Cut cut{};
+  std::int64_t tie_group = 0, tie_id = 0;  // the last token that stays at the cut
+
+  static std::int64_t padded(std::int64_t count) { return (count + 15) / 16 * 16; }
+  std::int64_t group_end(std::int64_t group) const { return std::min(n, (group + 1) * kGroup); }
+  std::int64_t segment(std::int64_t group) const { return s.segments[group]; }
+
+  std::int64_t first_of_largest() const {
+    std::int64_t group = 0;
+    while (s.maxima[group] != largest) ++group;
+    const V top = V::set(largest);
+    for (std::int64_t i = group * kGroup;; i += V::width)
+      if (count(at_least(load_n<V>(x + i, n - i), top)) != 0)
+        for (;; ++i)
+          if (element(x + i) == largest) return i;
+  }
+
+  // No token below has a mass of `mass` (at least 1), with some room for rounding.
+  float lowest_logit_of_mass(double mass) const {
+    const double t = std::log2(std::max(mass, 1.0)) - 40.0 - 0.01;
+    return static_cast<float>(std::max(largest + t / scale, -double{std::numeric_limits<float>::max()}));
+  }
+
+  // Gathers the tokens with x >= bound into the list, in order of id. With `weigh_all` it also adds up the masses of
+  // all tokens, listed or not; without, only listed tokens have their masses computed.
+  template <bool weigh_all>
+  void gather(float bound) {
+    s.reserve_lists(n);
+    list_bound = bound;
+    const V vbound = V::set(bound);
+    const MassOf<V> mass(largest, scale);
+    const float no_mass_below = lowest_logit_of_mass(1);
+    float *xs = s.list.x.data(), *ws = s.list.w.data();
+    std::int64_t at = 0;
+    total = 0;
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      s.segments[group] = static_cast<std::int32_t>(at);
+      if (s.maxima[group] < (weigh_all ? no_mass_below : bound)) continue;
+      WideSum sum = WideSum::zero();
+      const std::int64_t end = group_end(group);
+      for (std::int64_t i = group * kGroup; i < end; i += V::width) {
+        const V a = load_n<V>(x + i, end - i);
+        const Mask stays = at_least(a, vbound);
+        if constexpr (weigh_all) {
+          const V w = mass(a);
+          sum.add(w);
+          compress(stays, w, ws + at);
+        }
+        at += compress(stays, a, xs + at);
+      }
+      if constexpr (weigh_all) total += static_cast<std::int64_t>(sum.total());
+    }
+    s.segments[num_groups] = static_cast<std::int32_t>(at);
+    listed = true;
+    num_listed = at;
+    if constexpr (!weigh_all)
+      for (std::int64_t i = 0; i < at; i += V::width) mass(V::load(xs + i)).store(ws + i);
+    listed_mass = sum_of(ws, at);
+    if constexpr (!weigh_all) total = listed_mass;
+  }
+
+  static std::int64_t sum_of(const float* ws, std::int64_t count) {
+    std::int64_t sum = 0;
+    for (std::int64_t begin = 0; begin < count; begin += kExactSum) {
+      WideSum part = WideSum::zero();
+      const std::int64_t end = std::min(count, begin + kExactSum);
+      for (std::int64_t i = begin; i < end; i += V::width) part.add(keep(greater(load_n<V>(ws + i, end - i), V::set(0)), load_n<V>(ws + i, end - i)));
+      sum += static_cast<std::int64_t>(part.total());
+    }
+    return sum;
+  }
+
+  void keep_leading(std::int64_t k) {
+    float bound = lowest_logit_of_mass(1);
+    if (k <= num_groups) bound = bound_of_leading(bound, k);
+    gather<false>(bound);
+    if (num_listed <= k) {  // whatever is not listed has no mass or is not among the first k
+      cut = {bound, 0, 0};
+      return;
+    }
+    cut = find_cut<false>(k);
+    drop_below_cut();
+    listed_mass = sum_of(s.list.w.data(), num_listed);
+    total = listed_mass;
+    if (cut.kept < cut.equal) {
+      float w[V::width];
+      MassOf<V>(largest, scale)(V::set(cut.x)).store(w);
+      total -= (cut.equal - cut.kept) * static_cast<std::int64_t>(w[0]);
+    }
+  }
+
+  // A logit that at least k groups reach, and not many more: then k tokens reach it. `low` if they are not that many.
+  float bound_of_leading(float low, std::int64_t k) const {
+    float high = largest;
+    for (int step = 0; step < 20; ++step) {
+      const float middle = static_cast<float>(0.5 * (double{low} + double{high}));
+      if (!(middle > low && middle < high)) break;
+      const V at = V::set(middle);
+      std::int64_t reached = 0;
+      for (std::int64_t i = 0; i < num_groups; i += V::width)
+        reached += count(at_least(load_n<V>(s.maxima.data() + i, num_groups - i), at));
+      (reached >= k ? low : high) = middle;
+      if (reached >= k && reached <= k + k / 4) break;
+    }
+    return low;
+  }
+
+  // Removes what is smaller than the cut from the list. Equal ones stay, those too that top-k does not keep: they come
+  // last in the order, so a share of the true total never reaches them.
+  void drop_below_cut() {
+    const V at_cut = V::set(cut.x);
+    float *xs = s.list.x.data(), *ws = s.list.w.data();
+    std::int64_t to = 0, begin = segment(0);
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      const std::int64_t end = segment(group + 1);
+      s.segments[group] = static_cast<std::int32_t>(to);
+      for (std::int64_t i = begin; i < end; i += V::width) {  // to <= i: what is overwritten has been read
+        const V a = load_n<V>(xs + i, end - i), w = load_n<V>(ws + i, end - i);
+        const Mask stays = at_least(a, at_cut);
+        if (to + V::width <= end) {
+          compress(stays, w, ws + to);
+          to += compress(stays, a, xs + to);
+          continue;
+        }
+        float kept_x[V::width], kept_w[V::width];  // a whole vector at `to` would reach into the next group
+        compress(stays, w, kept_w);
+        const int kept = compress(stays, a, kept_x);
+        std::copy_n(kept_x, kept, xs + to);
+        std::copy_n(kept_w, kept, ws + to);
+        to += kept;
+      }
+      begin = end;
+    }
+    s.segments[num_groups] = static_cast<std::int32_t>(to);
+    num_listed = to;
+    list_bound = cut.x;
+  }
+
+  void keep_share(double p) {
+    if (!listed) {
+      // Tokens of less mass than an n-th of the share to be dropped are surely dropped. The total of the groups'
+      // maxima is below the true one: the bound is on the safe side, and what follows checks it.
+      const MassOf<V> mass(largest, scale);
+      double least = 0;
+      for (std::int64_t group = 0; group < num_groups; group += V::width) {
+        WideSum sum = WideSum::zero();
+        sum.add(mass(load_n<V>(s.maxima.data() + group, num_groups - group)));
+        least += sum.total();
+      }
+      gather<true>(lowest_logit_of_mass((1 - p) * least / static_cast<double>(n) - 1));
+    }
+    const std::int64_t need = std::min(total, std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(static_cast<double>(total) * p))));
+    if (listed_mass < need) gather<false>(lowest_logit_of_mass(1));
+    cut = find_cut<true>(need);
+  }
+
+  // The cut that leaves `need` tokens, or tokens up to the one that brings their mass to `need`. The list is not changed.
+  // Invariant: all of x, w have low < x <= high, and what is larger than high weighs `above` < need.
+  template <bool by_mass>
+  Cut find_cut(std::int64_t need) {
+    const float *xs = s.list.x.data(), *ws = s.list.w.data();
+    List *from = nullptr, *to = &s.other;
+    std::int64_t size = num_listed, above = 0;
+    float low = std::nextafter(list_bound, kMinusInfinity), high = largest;
+    for (int step = 0; size > kFew; ++step) {
+      float middle = static_cast<float>(0.5 * (double{low} + double{high}));
+      if (step > 40) middle = middle_of_bits(low, high);  // logits that cluster around one value
+      if (!(middle > low && middle < high)) break;
+      List* rest = from == nullptr ? &s.rest : from;  // in place: it shrinks towards its start
+      std::int64_t up = 0, down = 0;
+      const std::int64_t heavier = by_mass ? partition<true>(xs, ws, size, middle, *to, *rest, up, down)
+                                           : partition<false>(xs, ws, size, middle, *to, *rest, up, down);
+      if (above + heavier >= need) {
+        low = middle;
+        from = to;
+        to = rest;
+        size = up;
+      } else {
+        high = middle;
+        above += heavier;
+        from = rest;
+        size = down;
+      }
+      xs = from->x.data();
+      ws = from->w.data();
+    }
+    return by_mass ? cut_of_sorted<true>(xs, ws, size, need - above) : cut_of_sorted<false>(xs, ws, size, need - above);
+  }
+
+  static constexpr std::int64_t kFew = 48;
+
+  static float middle_of_bits(float low, float high) {
+    auto ordered = [](float f) { const std::int32_t i = std::bit_cast<std::int32_t>(f); return std::int64_t{i < 0 ? std::numeric_limits<std::int32_t>::min() - i : i}; };
+    const std::int64_t middle = (ordered(low) + ordered(high)) >> 1;
+    const std::int32_t i = static_cast<std::int32_t>(middle < 0 ? std::numeric_limits<std::int32_t>::min() - middle : middle);
+    return std::bit_cast<float>(i);
+  }
+
+  // Splits into x > middle and the rest, both in order, and returns what the former weigh.
+  template <bool by_mass>
+  static std::int64_t partition(const float* xs, const float* ws, std::int64_t size, float middle, List& above, List& below,
+                                std::int64_t& up, std::int64_t& down) {
+    const V at = V::set(middle);
+    float *above_x = above.x.data(), *above_w = above.w.data(), *below_x = below.x.data(), *below_w = below.w.data();
+    std::int64_t weight = 0;
+    for (std::int64_t begin = 0; begin < size; begin += kExactSum) {
+      WideSum sum = WideSum::zero();
+      const std::int64_t end = std::min(size, begin + kExactSum);
+      std::int64_t i = begin;
+      for (; i + V::width <= end; i += V::width) {
+        const V a = V::load(xs + i), w = V::load(ws + i);
+        const Mask larger = greater(a, at), smaller = opposite(larger);
+        if constexpr (by_mass) sum.add(keep(larger, w));
+        compress(larger, w, above_w + up);
+        up += compress(larger, a, above_x + up);
+        compress(smaller, w, below_w + down);
+        down += compress(smaller, a, below_x + down);
+      }
+      double tail = 0;
+      for (; i < end; ++i) {
+        const float a = xs[i], w = ws[i];
+        if (a > middle) {
+          above_x[up] = a, above_w[up++] = w;
+          tail += double{w};
+        } else {
+          below_x[down] = a, below_w[down++] = w;
+        }
+      }
+      if constexpr (by_mass) weight += static_cast<std::int64_t>(sum.total() + tail);
+    }
+    return by_mass ? weight : up;
+  }
+
+  // The end of the search: few tokens, or many with one logit.
+  template <bool by_mass>
+  Cut cut_of_sorted(const float* xs, const float* ws, std::int64_t size, std::int64_t need) {
+    std::vector<std::pair<float, float>>& sorted = s.sorted;
+    sorted.resize(static_cast<std::size_t>(size));
+    for (std::int64_t i = 0; i < size; ++i) sorted[i] = {xs[i], ws[i]};
+    if (size <= kFew) {
+      for (std::int64_t i = 1; i < size; ++i) {
+        const auto moving = sorted[i];
+        std::int64_t to = i;
+        for (; to > 0 && sorted[to - 1].first < moving.first; --to) sorted[to] = sorted[to - 1];
+        sorted[to] = moving;
+      }
+    } else {
+      std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    }
+    for (std::int64_t i = 0; i < size;) {
+      std::int64_t equal = 1;
+      while (i + equal < size && sorted[i + equal].first == sorted[i].first) ++equal;
+      const std::int64_t each = by_mass ? static_cast<std::int64_t>(sorted[i].second) : 1;
+      if (each > 0 && each * equal >= need) return {sorted[i].first, (need + each - 1) / each, equal};
+      need -= each * equal;
+      i += equal;
+    }
+    return {kMinusInfinity, 0, 0};  // not reached: all that is left weighs at least `need`
+  }
+
+  // Of the tokens equal to the cut only the first `kept` stay: the group and the id of the last of them.
+  void find_last_tie() {
+    std::int64_t left = cut.kept;
+    const V at = V::set(cut.x);
+    for (tie_group = 0;; ++tie_group) {
+      std::int64_t here = 0;
+      if (s.maxima[tie_group] >= cut.x)
+        for (std::int64_t i = tie_group * kGroup, end = group_end(tie_group); i < end; i += V::width) {
+          const V a = load_n<V>(x + i, end - i);
+          here += count(both(at_least(a, at), at_least(at, a)));
+        }
+      if (here >= left) break;
+      left -= here;
+    }
+    for (tie_id = tie_group * kGroup;; ++tie_id)
+      if (element(x + tie_id) == cut.x && --left == 0) return;
+  }
+
+  // The groups that race: ids and masses of those with survivors, and the survivors' total.
+  void weigh_groups() {
+    num_racing = 0;
+    total = 0;
+    const float bound = std::max(cut.x, lowest_logit_of_mass(min_mass));
+    const MassOf<V> mass(largest, scale);
+    const V vmin = V::set(std::max(min_mass, 1.0f)), vcut = V::set(cut.x);
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      if (s.maxima[group] < bound) continue;
+      double weight;
+      if (group == tie_group) {
+        alignas(64) std::uint32_t ids[kGroup];
+        alignas(64) double weights[kGroup];
+        weight = 0;
+        for (std::int64_t i = weigh_members(group, ids, weights); i-- > 0;) weight += weights[i];
+      } else {
+        WideSum sum = WideSum::zero();
+        if (listed) {
+          const float *xs = s.list.x.data(), *ws = s.list.w.data();
+          for (std::int64_t i = segment(group), end = segment(group + 1); i < end; i += V::width) {
+            const V a = load_n<V>(xs + i, end - i), w = load_n<V>(ws + i, end - i);
+            const Mask beyond = group < tie_group ? at_least(a, vcut) : greater(a, vcut);
+            sum.add(keep(both(beyond, at_least(w, vmin)), w));
+          }
+        } else {
+          for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += V::width) {
+            const V w = mass(load_n<V>(x + i, end - i));
+            sum.add(keep(at_least(w, vmin), w));
+          }
+        }
+        weight = sum.total();
+      }
+      s.race_ids[num_racing] = static_cast<std::uint32_t>(group);
+      s.race_weights[num_racing] = weight;
+      num_racing += weight > 0;
+      total += static_cast<std::int64_t>(weight);
+    }
+    pad(s.race_ids.data(), s.race_weights.data(), num_racing);
+  }
+
+  // The survivors of one group, padded for the race.
+  std::int64_t weigh_members(std::int64_t group, std::uint32_t* ids, double* weights) const {
+    const MassOf<V> mass(largest, scale);
+    const float floor_mass = std::max(min_mass, 1.0f);
+    std::int64_t count = 0;
+    for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += V::width) {
+      const V a = load_n<V>(x + i, end - i);
+      float logit[V::width], w[V::width];
+      a.store(logit);
+      mass(a).store(w);
+      const int lanes = static_cast<int>(std::min<std::int64_t>(V::width, end - i));
+      for (int lane = 0; lane < lanes; ++lane) {
+        ids[count] = static_cast<std::uint32_t>(i + lane);
+        weights[count] = double{w[lane]};
+        count += w[lane] >= floor_mass && (logit[lane] > cut.x || (logit[lane] == cut.x && i + lane <= tie_id));
+      }
+    }
+    pad(ids, weights, count);
+    return count;
+  }
+
+  static void pad(std::uint32_t* ids, double* weights, std::int64_t count) {
+    for (std::int64_t i = count; i < padded(count); ++i) ids[i] = 0, weights[i] = 0;
+  }
+};
