@@ -42,21 +42,19 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..backend import CPP_PROBLEM
+from ..backend import CPP_PROBLEM, TRITON_INTERPRETED
 from ._dispatch import FORCED_IMPL, IMPLEMENTATIONS, Impl, resolve
+from ._row_parameters import RowParameters, row_parameters
 
-IMPLEMENTATIONS["sample"] = ("reference", "cpp")
+IMPLEMENTATIONS["sample"] = ("reference", "cpp", "triton")
 
 GROUP_SIZE = 256
 TOKEN_DOMAIN, GROUP_DOMAIN = 0, 1
-ONE = 1 << 40
-"""Mass of the likeliest token."""
-
 EXP2_COEFFICIENTS = (
     0.00015353362, 0.0013398875, 0.009618437, 0.055503324, 0.24022648, 0.6931472,
 )  # fmt: skip
@@ -68,20 +66,10 @@ LOG2_COEFFICIENTS = (
 )  # fmt: skip
 """2 / (ln 2 (2 k + 1)) for k = 9 .. 0: the series of 2 artanh(s) / ln 2 = log2((1 + s) / (1 - s)), in s^2."""
 
+_NAMES = ("temperature", "top_k", "top_p", "min_p", "seed", "position")  # in the order of the kernels' arguments
 _MASK = 0xFFFFFFFF
 # Logits filtered and uniforms drawn at a time. No result depends on it: it bounds the temporaries.
 _CHUNK_ELEMENTS, _RACE_ELEMENTS = 1 << 18, 1 << 14
-
-
-class RowParameters(NamedTuple):
-    """What `sample` was asked for, per row and in the form the specification uses; all (B,)."""
-
-    scale: Tensor  # float32, c of step 1
-    top_k: Tensor  # int64, 0: off
-    top_p: Tensor  # float64, 1: off
-    min_mass: Tensor  # int64, 0: off
-    seed: Tensor  # int64
-    position: Tensor  # int64
 
 
 @overload
@@ -124,8 +112,8 @@ def sample(
             Each parameter is a number, or a (B,) tensor with one for each row.
         return_logprobs: also return the log-probability (natural, float32) of each token under the processed
             distribution, that is after temperature and filters.
-        impl: "auto", "reference" or "cpp" (CPU). Inside torch.compile pass seed and position as tensors: a number is
-            a constant there, and every new one compiles again.
+        impl: "auto", "reference", "cpp" (CPU) or "triton" (CUDA). Inside torch.compile pass seed and position as
+            tensors: a number is a constant there, and every new one compiles again.
 
     Returns:
         (B,) int64 tokens on the logits' device, with `return_logprobs` a pair of them and (B,) float32.
@@ -135,8 +123,8 @@ def sample(
 
     Equivalent to: the module docstring's specification; in distribution to Hugging Face's warpers and `multinomial`.
     """
-    # The usual call of a decoding loop, without the microseconds of looking at each argument: the kernel refuses what it
-    # cannot take, and then the long way finds out why.
+    # The usual call of a decoding loop, without the microseconds of looking at each argument: the kernel refuses what
+    # it cannot take, and then the long way finds out why.
     kinds = (type(temperature), type(top_k), type(top_p), type(min_p), type(seed), type(position))
     if impl == "auto" and _CPP_IS_AUTO and logits.is_cpu and not logits.requires_grad and _PLAIN.issuperset(kinds):
         try:
@@ -149,17 +137,18 @@ def sample(
         raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (B, V) with at least one token")
     if not logits.is_floating_point():
         raise ValueError(f"logits are {logits.dtype}; they must be float32, bfloat16, float16 or float64")
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given |= {"seed": seed, "position": position}
-    if resolve("sample", impl, logits) == "reference":
-        tokens, logprobs = sample_reference(logits.detach(), _row_parameters(logits.size(0), logits.device, given))
+    given = dict(zip(_NAMES, (temperature, top_k, top_p, min_p, seed, position)))
+    chosen = resolve("sample", impl, logits)
+    if chosen == "reference":
+        tokens, logprobs = sample_reference(logits.detach(), row_parameters(logits.size(0), logits.device, given))
     else:
-        tokens, logprobs = _run(logits, given)
+        interpreted = chosen == "triton" and logits.device.type == "cpu"
+        tokens, logprobs = _run(logits, given, "fasttrain_interpreted" if interpreted else "fasttrain")
     return (tokens, logprobs) if return_logprobs else tokens
 
 
-def _run(logits: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The compiled kernel. It checks its arguments itself, which is faster; if it objects, the reason is found here."""
+def _run(logits: Tensor, given: dict[str, Any], namespace: str) -> tuple[Tensor, Tensor]:
+    """The compiled kernels. They check their arguments, faster than it is done here; this finds out what is wrong."""
     if logits.requires_grad:
         logits = logits.detach()
     if logits.dtype == torch.float64:
@@ -168,9 +157,9 @@ def _run(logits: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         logits = logits.contiguous()
     try:
         numbers, tensors = _kernel_arguments(logits, given)
-        return torch.ops.fasttrain.sample_rows.default(logits, *numbers, *tensors)  # type: ignore[no-any-return]
+        return getattr(torch.ops, namespace).sample_rows(logits, *numbers, *tensors)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, OverflowError):
-        _row_parameters(logits.size(0), logits.device, given)
+        row_parameters(logits.size(0), logits.device, given)
         _check_rows(logits.float(), 0)
         raise
 
@@ -340,53 +329,43 @@ def _winner(ids: Tensor, domain: int, weights: Tensor, seed: Tensor, position: T
     return (-log2(open_uniform(r0, r1)) / weights.double()).argmin(1)  # a weight of 0 makes +inf
 
 
-def _row_parameters(batch: int, device: torch.device, given: dict[str, Any]) -> RowParameters:
-    """Checks the parameters and makes (B,) tensors of them, expanded and not copied where one number is for all."""
-
-    def row(name: str, low: float, high: float, rule: str, *, whole: bool = False) -> Tensor:
-        value = given[name]
-        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-        if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.size(0) != batch):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; it must be a number or ({batch},), one per row of logits"
-            )
-        if tensor.is_complex() or tensor.dtype == torch.bool or (whole and tensor.is_floating_point()):
-            raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
-        tensor = tensor.long() if whole else tensor.float().double()
-        bad = ~((tensor >= low) & (tensor <= high))
-        if bool(bad.any()):
-            raise ValueError(f"{name} is {tensor[bad].flatten()[0].item()!r}; it must {rule}")
-        return tensor.to(device)
-
-    temperature = row("temperature", 0.0, 3.4028234663852886e38, "be finite and not negative (0 takes the likeliest)")
-    top_k = row("top_k", 0, 2**63 - 1, "not be negative (0 keeps all)", whole=True)
-    top_p = row("top_p", 0.0, 1.0, "lie in [0, 1] (1 keeps all)")
-    min_p = row("min_p", 0.0, 1.0, "lie in [0, 1] (0 keeps all)")
-    seed = row("seed", 0, 2**63 - 1, "not be negative", whole=True)
-    position = row("position", 0, 2**63 - 1, "not be negative", whole=True)
-    if not isinstance(given["temperature"], Tensor) and given["temperature"] > 0 and not bool(temperature.any()):
-        raise ValueError(f"temperature is {given['temperature']!r}, which is 0 in float32; pass 0 if that is meant")
-    greedy = temperature == 0.0
-    scale = (math.log2(math.e) / torch.where(greedy, 1.0, temperature)).clamp(2.0**-64, 2.0**64).float()
-    min_mass = (min_p * float(ONE)).ceil().long()
-    rows = (scale, torch.where(greedy, 1, top_k), top_p, min_mass, seed, position)
-    return RowParameters(*(tensor.expand(batch) for tensor in rows))
-
-
-_LIBRARY = torch.library.Library("fasttrain", "FRAGMENT")
 _NUMBERS = "Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, int position"
 _ROWS = "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seeds, Tensor? positions"
-_LIBRARY.define(f"sample({_NUMBERS}) -> (Tensor, Tensor)")
-# A parameter given as a tensor (B,), float32 or int64, takes the place of the number.
-_LIBRARY.define(f"sample_rows({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
 
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.size(0), dtype=torch.int64), logits.new_empty(logits.size(0), dtype=torch.float32)
 
 
-for _name in ("sample", "sample_rows"):
-    torch.library.register_fake(f"fasttrain::{_name}", _fake, lib=_LIBRARY)
+def _launch(logits: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import sample as kernels  # triton is imported by the first call that needs it
+
+    numbers, tensors = values[:6], values[6:] or (None,) * 6
+    given = {name: n if t is None else t for name, n, t in zip(_NAMES, numbers, tensors)}
+    parameters = row_parameters(logits.size(0), logits.device, given)
+    temperature, top_k, top_p = numbers[:3]
+    filtered = temperature == 0 or top_k > 0 or top_p < 1 or any(tensor is not None for tensor in tensors[:3])
+    tokens, logprobs = kernels.sample(logits, *parameters, filtered=filtered)
+    if bool((tokens < 0).any()):  # waits for the device: a token that is none must not be used
+        _check_rows(logits.float(), 0)
+    return tokens, logprobs
+
+
+def _register(namespace: str, triton_device: str) -> torch.library.Library:
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(f"sample({_NUMBERS}) -> (Tensor, Tensor)")
+    # A parameter given as a tensor (B,), float32 or int64, takes the place of the number.
+    library.define(f"sample_rows({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
+    for name in ("sample", "sample_rows"):
+        torch.library.register_fake(f"{namespace}::{name}", _fake, lib=library)
+        library.impl(name, _launch, triton_device)
+    return library
+
+
+# The CPU kernels of namespace `fasttrain` are the extension's.
+_LIBRARIES = [_register("fasttrain", triton_device="CUDA")]
+if TRITON_INTERPRETED:
+    _LIBRARIES.append(_register("fasttrain_interpreted", triton_device="CPU"))
 
 _SAMPLE = torch.ops.fasttrain.sample.default  # looked up once: a lookup costs a tenth of a small call
 _CPP_IS_AUTO = FORCED_IMPL == "auto" and not CPP_PROBLEM
