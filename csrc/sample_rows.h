@@ -14,23 +14,39 @@ template <class V>
 struct MassOf {
   V largest, scale;
   MassOf(float max, float c) : largest(V::set(max)), scale(V::set(c)) {}
+  // Several vectors in step: one alone is a chain of twenty dependent operations.
+  template <int count>
+  void replace(V (&x)[count]) const {
+    constexpr float coefficients[] = {0.0013398875f, 0.009618437f, 0.055503324f, 0.24022648f, 0.6931472f, 1.0f};
+    V n[count], p[count];
+    for (int i = 0; i < count; ++i) x[i] = V::max((x[i] - largest) * scale, V::set(-100.0f));
+    for (int i = 0; i < count; ++i) n[i] = floor(x[i] + V::set(0.5f));
+    for (int i = 0; i < count; ++i) x[i] = x[i] - n[i];
+    for (int i = 0; i < count; ++i) p[i] = V::set(0.00015353362f);
+    for (const float coefficient : coefficients)
+      for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + V::set(coefficient);
+    for (int i = 0; i < count; ++i) x[i] = floor(times_two_to(p[i], n[i] + V::set(40.0f)));
+  }
   V operator()(V x) const {
-    const V t = V::max((x - largest) * scale, V::set(-100.0f));
-    const V n = floor(t + V::set(0.5f)), f = t - n;
-    V p = V::set(0.00015353362f);
-    p = p * f + V::set(0.0013398875f);
-    p = p * f + V::set(0.009618437f);
-    p = p * f + V::set(0.055503324f);
-    p = p * f + V::set(0.24022648f);
-    p = p * f + V::set(0.6931472f);
-    p = p * f + V::set(1.0f);
-    return floor(times_two_to(p, n + V::set(40.0f)));
+    V one[1] = {x};
+    replace(one);
+    return one[0];
   }
 };
+
+constexpr int kInStep = 4;  // vectors; a group is a multiple of that many
 
 template <class V, class T>
 inline V load_n(const T* p, std::int64_t n) {
   return n >= V::width ? V::load(p) : V::load_part(p, static_cast<int>(n), kMinusInfinity);
+}
+
+template <class V, class T>
+inline void load_in_step(const T* p, std::int64_t n, V (&x)[kInStep]) {
+  for (int i = 0; i < kInStep; ++i) {
+    if (n >= (i + 1) * V::width) x[i] = V::load(p + i * V::width);
+    else x[i] = n > i * V::width ? load_n<V>(p + i * V::width, n - i * V::width) : V::set(kMinusInfinity);
+  }
 }
 
 // The maximum of every group and of the row; NaN for a row that holds one.
@@ -209,10 +225,34 @@ class Row {
     return static_cast<float>(std::max(largest + t / scale, -double{std::numeric_limits<float>::max()}));
   }
 
-  // Gathers the tokens with x >= bound into the list, in order of id. With `weigh_all` it also adds up the masses of
-  // all tokens, listed or not; without, only listed tokens have their masses computed.
-  template <bool weigh_all>
+  // Gathers the tokens with x >= bound into the list, in order of id.
   void gather(float bound) {
+    s.reserve_lists(n);
+    list_bound = bound;
+    const V vbound = V::set(bound);
+    float* xs = s.list.x.data();
+    std::int64_t at = 0;
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      s.segments[group] = static_cast<std::int32_t>(at);
+      if (s.maxima[group] < bound) continue;
+      for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += V::width) {
+        const V a = load_n<V>(x + i, end - i);
+        at += compress(at_least(a, vbound), a, xs + at);
+      }
+    }
+    s.segments[num_groups] = static_cast<std::int32_t>(at);
+    listed = true;
+    num_listed = at;
+  }
+
+  void weigh_list() {
+    const MassOf<V> mass(largest, scale);
+    for (std::int64_t i = 0; i < num_listed; i += V::width) mass(V::load(s.list.x.data() + i)).store(s.list.w.data() + i);
+    listed_mass = sum_of(s.list.w.data(), num_listed);
+  }
+
+  // The same with masses, and in the same pass the mass of all tokens, listed or not.
+  void gather_and_weigh_all(float bound) {
     s.reserve_lists(n);
     list_bound = bound;
     const V vbound = V::set(bound);
@@ -223,28 +263,26 @@ class Row {
     total = 0;
     for (std::int64_t group = 0; group < num_groups; ++group) {
       s.segments[group] = static_cast<std::int32_t>(at);
-      if (s.maxima[group] < (weigh_all ? no_mass_below : bound)) continue;
+      if (s.maxima[group] < no_mass_below) continue;
       WideSum sum = WideSum::zero();
-      const std::int64_t end = group_end(group);
-      for (std::int64_t i = group * kGroup; i < end; i += V::width) {
-        const V a = load_n<V>(x + i, end - i);
-        const Mask stays = at_least(a, vbound);
-        if constexpr (weigh_all) {
-          const V w = mass(a);
-          sum.add(w);
-          compress(stays, w, ws + at);
+      for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
+        V a[kInStep], w[kInStep];
+        load_in_step(x + i, end - i, a);
+        for (int j = 0; j < kInStep; ++j) w[j] = a[j];
+        mass.replace(w);
+        for (int j = 0; j < kInStep; ++j) {
+          const Mask stays = at_least(a[j], vbound);
+          sum.add(w[j]);
+          compress(stays, w[j], ws + at);
+          at += compress(stays, a[j], xs + at);
         }
-        at += compress(stays, a, xs + at);
       }
-      if constexpr (weigh_all) total += static_cast<std::int64_t>(sum.total());
+      total += static_cast<std::int64_t>(sum.total());
     }
     s.segments[num_groups] = static_cast<std::int32_t>(at);
     listed = true;
     num_listed = at;
-    if constexpr (!weigh_all)
-      for (std::int64_t i = 0; i < at; i += V::width) mass(V::load(xs + i)).store(ws + i);
     listed_mass = sum_of(ws, at);
-    if constexpr (!weigh_all) total = listed_mass;
   }
 
   static std::int64_t sum_of(const float* ws, std::int64_t count) {
@@ -259,16 +297,27 @@ class Row {
   }
 
   void keep_leading(std::int64_t k) {
-    float bound = lowest_logit_of_mass(1);
-    if (k <= num_groups) bound = bound_of_leading(bound, k);
-    gather<false>(bound);
-    if (num_listed <= k) {  // whatever is not listed has no mass or is not among the first k
-      cut = {bound, 0, 0};
-      return;
+    const float no_mass_below = lowest_logit_of_mass(1);
+    float bound;
+    if (k <= num_groups) {  // k tokens are as large as the k-th largest of the groups' maxima
+      bound = bound_of_leading(s.maxima.data(), num_groups, no_mass_below, k);
+    } else {  // a guess from one vector of each group
+      s.reserve_lists(n);
+      std::int64_t sampled = 0;
+      for (std::int64_t i = 0; i + V::width <= n; i += kGroup, sampled += V::width) V::load(x + i).store(s.other.x.data() + sampled);
+      const double expected = static_cast<double>(k) * static_cast<double>(sampled) / static_cast<double>(n);
+      const std::int64_t enough = static_cast<std::int64_t>(expected + 4 * std::sqrt(expected) + 4);
+      bound = bound_of_leading(s.other.x.data(), sampled, no_mass_below, enough);
     }
-    cut = find_cut<false>(k);
-    drop_below_cut();
-    listed_mass = sum_of(s.list.w.data(), num_listed);
+    gather(bound);
+    if (num_listed < k && bound > no_mass_below) gather(bound = no_mass_below);
+    if (num_listed > k) {
+      cut = find_cut<false>(k);
+      drop_below_cut();
+    } else {  // whatever is not listed has no mass or is not among the first k
+      cut = {bound, 0, 0};
+    }
+    weigh_list();
     total = listed_mass;
     if (cut.kept < cut.equal) {
       float w[V::width];
@@ -277,16 +326,15 @@ class Row {
     }
   }
 
-  // A logit that at least k groups reach, and not many more: then k tokens reach it. `low` if they are not that many.
-  float bound_of_leading(float low, std::int64_t k) const {
+  // A value that at least k of these reach, and not many more; `low` if they are not that many.
+  float bound_of_leading(const float* values, std::int64_t size, float low, std::int64_t k) const {
     float high = largest;
     for (int step = 0; step < 20; ++step) {
       const float middle = static_cast<float>(0.5 * (double{low} + double{high}));
       if (!(middle > low && middle < high)) break;
       const V at = V::set(middle);
       std::int64_t reached = 0;
-      for (std::int64_t i = 0; i < num_groups; i += V::width)
-        reached += count(at_least(load_n<V>(s.maxima.data() + i, num_groups - i), at));
+      for (std::int64_t i = 0; i < size; i += V::width) reached += count(at_least(load_n<V>(values + i, size - i), at));
       (reached >= k ? low : high) = middle;
       if (reached >= k && reached <= k + k / 4) break;
     }
@@ -297,25 +345,22 @@ class Row {
   // last in the order, so a share of the true total never reaches them.
   void drop_below_cut() {
     const V at_cut = V::set(cut.x);
-    float *xs = s.list.x.data(), *ws = s.list.w.data();
+    float* xs = s.list.x.data();
     std::int64_t to = 0, begin = segment(0);
     for (std::int64_t group = 0; group < num_groups; ++group) {
       const std::int64_t end = segment(group + 1);
       s.segments[group] = static_cast<std::int32_t>(to);
       for (std::int64_t i = begin; i < end; i += V::width) {  // to <= i: what is overwritten has been read
-        const V a = load_n<V>(xs + i, end - i), w = load_n<V>(ws + i, end - i);
+        const V a = load_n<V>(xs + i, end - i);
         const Mask stays = at_least(a, at_cut);
         if (to + V::width <= end) {
-          compress(stays, w, ws + to);
           to += compress(stays, a, xs + to);
           continue;
         }
-        float kept_x[V::width], kept_w[V::width];  // a whole vector at `to` would reach into the next group
-        compress(stays, w, kept_w);
-        const int kept = compress(stays, a, kept_x);
-        std::copy_n(kept_x, kept, xs + to);
-        std::copy_n(kept_w, kept, ws + to);
-        to += kept;
+        float kept[V::width];  // a whole vector at `to` would reach into the next group
+        const int num_kept = compress(stays, a, kept);
+        std::copy_n(kept, num_kept, xs + to);
+        to += num_kept;
       }
       begin = end;
     }
@@ -335,10 +380,10 @@ class Row {
         sum.add(mass(load_n<V>(s.maxima.data() + group, num_groups - group)));
         least += sum.total();
       }
-      gather<true>(lowest_logit_of_mass((1 - p) * least / static_cast<double>(n) - 1));
+      gather_and_weigh_all(lowest_logit_of_mass((1 - p) * least / static_cast<double>(n) - 1));
     }
     const std::int64_t need = std::min(total, std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(static_cast<double>(total) * p))));
-    if (listed_mass < need) gather<false>(lowest_logit_of_mass(1));
+    if (listed_mass < need) gather_and_weigh_all(lowest_logit_of_mass(1));
     cut = find_cut<true>(need);
   }
 
@@ -396,17 +441,20 @@ class Row {
       const std::int64_t end = std::min(size, begin + kExactSum);
       std::int64_t i = begin;
       for (; i + V::width <= end; i += V::width) {
-        const V a = V::load(xs + i), w = V::load(ws + i);
+        const V a = V::load(xs + i);
         const Mask larger = greater(a, at), smaller = opposite(larger);
-        if constexpr (by_mass) sum.add(keep(larger, w));
-        compress(larger, w, above_w + up);
+        if constexpr (by_mass) {
+          const V w = V::load(ws + i);
+          sum.add(keep(larger, w));
+          compress(larger, w, above_w + up);
+          compress(smaller, w, below_w + down);
+        }
         up += compress(larger, a, above_x + up);
-        compress(smaller, w, below_w + down);
         down += compress(smaller, a, below_x + down);
       }
       double tail = 0;
       for (; i < end; ++i) {
-        const float a = xs[i], w = ws[i];
+        const float a = xs[i], w = by_mass ? ws[i] : 0.0f;
         if (a > middle) {
           above_x[up] = a, above_w[up++] = w;
           tail += double{w};
@@ -424,7 +472,7 @@ class Row {
   Cut cut_of_sorted(const float* xs, const float* ws, std::int64_t size, std::int64_t need) {
     std::vector<std::pair<float, float>>& sorted = s.sorted;
     sorted.resize(static_cast<std::size_t>(size));
-    for (std::int64_t i = 0; i < size; ++i) sorted[i] = {xs[i], ws[i]};
+    for (std::int64_t i = 0; i < size; ++i) sorted[i] = {xs[i], by_mass ? ws[i] : 1.0f};
     if (size <= kFew) {
       for (std::int64_t i = 1; i < size; ++i) {
         const auto moving = sorted[i];
@@ -489,9 +537,11 @@ class Row {
             sum.add(keep(both(beyond, at_least(w, vmin)), w));
           }
         } else {
-          for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += V::width) {
-            const V w = mass(load_n<V>(x + i, end - i));
-            sum.add(keep(at_least(w, vmin), w));
+          for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
+            V w[kInStep];
+            load_in_step(x + i, end - i, w);
+            mass.replace(w);
+            for (int j = 0; j < kInStep; ++j) sum.add(keep(at_least(w[j], vmin), w[j]));
           }
         }
         weight = sum.total();
