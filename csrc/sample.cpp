@@ -215,6 +215,14 @@ void run(Problem& problem, ScalarType dtype) {
                   "distribution to draw from");
 }
 
+// Not torch::stable::new_empty, which looks the op up by name: two of them cost more than a small row.
+Tensor empty_vector(std::int64_t size, std::int32_t dtype) {
+  const std::int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 std::tuple<Tensor, Tensor> sample_rows(const Tensor& logits, double temperature, std::int64_t top_k, double top_p,
                                        double min_p, std::int64_t seed, std::int64_t position,
                                        const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks,
@@ -229,7 +237,7 @@ std::tuple<Tensor, Tensor> sample_rows(const Tensor& logits, double temperature,
   STD_TORCH_CHECK(V <= std::numeric_limits<std::int32_t>::max(), "sample: logits have ", V, " tokens; ids must fit in 32 bits");
   const float temperature32 = static_cast<float>(temperature);
   STD_TORCH_CHECK(temperature32 > 0 || !(temperature > 0), "sample: temperature is ", temperature, ", which is 0 in float32");
-  Tensor tokens = torch::stable::new_empty(logits, {B}, ScalarType::Long), logprobs = torch::stable::new_empty(logits, {B}, ScalarType::Float);
+  Tensor tokens = empty_vector(B, aoti_torch_dtype_int64()), logprobs = empty_vector(B, aoti_torch_dtype_float32());
   Problem p{B, V, logits.stride(0), logits.const_data_ptr(),
             {"temperature", temperature32, temperatures, B}, {"top_k", top_k, top_ks, B},
             {"top_p", static_cast<float>(top_p), top_ps, B}, {"min_p", static_cast<float>(min_p), min_ps, B},

@@ -201,7 +201,7 @@ class Row {
   std::int64_t alone = -1;  // the only survivor, if that is known
   bool listed = false;      // whether the candidates stand in s.list, group by group
   float list_bound = 0;     // no listed logit is smaller
-  std::int64_t num_listed = 0, listed_mass = 0, total = 0;
+  std::int64_t num_listed = 0, total = 0;
   Cut cut{};
   std::int64_t tie_group = 0, tie_id = 0;  // the last token that stays at the cut
 
@@ -248,7 +248,7 @@ class Row {
   void weigh_list() {
     const MassOf<V> mass(largest, scale);
     for (std::int64_t i = 0; i < num_listed; i += V::width) mass(V::load(s.list.x.data() + i)).store(s.list.w.data() + i);
-    listed_mass = sum_of(s.list.w.data(), num_listed);
+    total = sum_of(s.list.w.data(), num_listed);
   }
 
   // The same with masses, and in the same pass the mass of all tokens, listed or not.
@@ -282,7 +282,6 @@ class Row {
     s.segments[num_groups] = static_cast<std::int32_t>(at);
     listed = true;
     num_listed = at;
-    listed_mass = sum_of(ws, at);
   }
 
   static std::int64_t sum_of(const float* ws, std::int64_t count) {
@@ -318,7 +317,6 @@ class Row {
       cut = {bound, 0, 0};
     }
     weigh_list();
-    total = listed_mass;
     if (cut.kept < cut.equal) {
       float w[V::width];
       MassOf<V>(largest, scale)(V::set(cut.x)).store(w);
@@ -371,8 +369,9 @@ class Row {
 
   void keep_share(double p) {
     if (!listed) {
-      // Tokens of less mass than an n-th of the share to be dropped are surely dropped. The total of the groups'
-      // maxima is below the true one: the bound is on the safe side, and what follows checks it.
+      // Tokens whose mass is less than an n-th of the share to be dropped, less one, are surely dropped: all of them weigh
+      // less than (1 - p) total - n, so the others reach `need`, which is p total rounded up. The sum of the groups'
+      // maxima stands in for the total, which is larger.
       const MassOf<V> mass(largest, scale);
       double least = 0;
       for (std::int64_t group = 0; group < num_groups; group += V::width) {
@@ -383,7 +382,6 @@ class Row {
       gather_and_weigh_all(lowest_logit_of_mass((1 - p) * least / static_cast<double>(n) - 1));
     }
     const std::int64_t need = std::min(total, std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(static_cast<double>(total) * p))));
-    if (listed_mass < need) gather_and_weigh_all(lowest_logit_of_mass(1));
     cut = find_cut<true>(need);
   }
 
@@ -395,6 +393,15 @@ class Row {
     List *from = nullptr, *to = &s.other;
     std::int64_t size = num_listed, above = 0;
     float low = std::nextafter(list_bound, kMinusInfinity), high = largest;
+    if (size > kMany) {
+      const Bracket bracket = by_mass ? bracket_cut<true>(need) : bracket_cut<false>(need);
+      if (bracket.found) {
+        low = bracket.low, high = bracket.high;
+        above = bracket.above, size = bracket.size;
+        from = &s.other, to = &s.rest;
+        xs = from->x.data(), ws = from->w.data();
+      }
+    }
     for (int step = 0; size > kFew; ++step) {
       float middle = static_cast<float>(0.5 * (double{low} + double{high}));
       if (step > 40) middle = middle_of_bits(low, high);  // logits that cluster around one value
@@ -420,7 +427,75 @@ class Row {
     return by_mass ? cut_of_sorted<true>(xs, ws, size, need - above) : cut_of_sorted<false>(xs, ws, size, need - above);
   }
 
-  static constexpr std::int64_t kFew = 48;
+  static constexpr std::int64_t kFew = 48, kMany = 1 << 14, kSample = 1 << 11;
+
+  // A narrow interval (low, high] around the cut, guessed from a sample of the list and verified by one pass over it, which
+  // leaves the tokens inside in s.other. Not found where the sample's mass is that of a few tokens.
+  struct Bracket {
+    bool found;
+    float low, high;
+    std::int64_t above, size;  // what is larger than high weighs, and the tokens inside
+  };
+
+  template <bool by_mass>
+  Bracket bracket_cut(std::int64_t need) {
+    const float *xs = s.list.x.data(), *ws = s.list.w.data();
+    float *sample_x = s.rest.x.data(), *sample_w = s.rest.w.data();
+    std::int64_t sampled = 0;
+    const std::int64_t stride = num_listed / kSample * V::width;
+    float weight = 0, square = 0;
+    for (std::int64_t i = 0; i + V::width <= num_listed; i += stride, sampled += V::width) {
+      V::load(xs + i).store(sample_x + sampled);
+      const V w = by_mass ? V::load(ws + i) * V::set(0x1p-40f) : V::set(1);
+      w.store(sample_w + sampled);
+      weight += w.sum();
+      square += (w * w).sum();
+    }
+    if (weight * weight < 400 * square) return {};
+    const float share = static_cast<float>(static_cast<double>(need) / static_cast<double>(by_mass ? total : num_listed));
+    const float slack = 3 * std::sqrt(square) / weight;
+    const float low = sample_quantile((share + slack) * weight, sampled), high = sample_quantile((share - slack) * weight, sampled);
+    const V vlow = V::set(low), vhigh = V::set(high);
+    float *to_x = s.other.x.data(), *to_w = s.other.w.data();
+    std::int64_t size = 0, above = 0, inside = 0;
+    for (std::int64_t begin = 0; begin < num_listed; begin += kExactSum) {
+      WideSum sum_above = WideSum::zero(), sum_inside = WideSum::zero();
+      const std::int64_t end = std::min(num_listed, begin + kExactSum);
+      for (std::int64_t i = begin; i < end; i += V::width) {
+        const V a = load_n<V>(xs + i, end - i);
+        const Mask larger = greater(a, vhigh), between = both(greater(a, vlow), opposite(larger));
+        if constexpr (by_mass) {
+          const V w = load_n<V>(ws + i, end - i);
+          sum_above.add(keep(larger, w));
+          sum_inside.add(keep(between, w));
+          compress(between, w, to_w + size);
+        } else {
+          above += count(larger);
+        }
+        size += compress(between, a, to_x + size);
+      }
+      if constexpr (by_mass) {
+        above += static_cast<std::int64_t>(sum_above.total());
+        inside += static_cast<std::int64_t>(sum_inside.total());
+      }
+    }
+    if constexpr (!by_mass) inside = size;
+    return {above < need && above + inside >= need, low, high, above, size};
+  }
+
+  // About the logit above which the sample weighs `weight`.
+  float sample_quantile(float weight, std::int64_t sampled) const {
+    float low = std::nextafter(list_bound, kMinusInfinity), high = largest;
+    for (int step = 0; step < 12; ++step) {
+      const float middle = static_cast<float>(0.5 * (double{low} + double{high}));
+      const V at = V::set(middle);
+      V sum = V::set(0);
+      for (std::int64_t i = 0; i < sampled; i += V::width)
+        sum = sum + keep(greater(V::load(s.rest.x.data() + i), at), V::load(s.rest.w.data() + i));
+      (sum.sum() >= weight ? low : high) = middle;
+    }
+    return low;
+  }
 
   static float middle_of_bits(float low, float high) {
     auto ordered = [](float f) { const std::int32_t i = std::bit_cast<std::int32_t>(f); return std::int64_t{i < 0 ? std::numeric_limits<std::int32_t>::min() - i : i}; };
