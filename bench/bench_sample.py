@@ -31,7 +31,9 @@ CASES = [(size, name, "normal") for name in FILTERS for size in SIZES if size[1]
 CASES += [((1, 128256), "top-p 0.9", rows) for rows in ("peaked", "flat")]
 
 
-def pipeline(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Callable[[Tensor], Tensor]:
+def pipeline(
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Callable[[Tensor], Tensor]:
     """What people write in PyTorch."""
 
     def draw(logits: Tensor) -> Tensor:  # (B, V)
@@ -55,7 +57,11 @@ def pipeline(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p
     return draw
 
 
-@pytest.mark.parametrize(("size", "name", "rows"), CASES, ids=lambda v: v if isinstance(v, str) else f"B={v[0]} V={v[1]}")
+def label(value: Any) -> str:
+    return value if isinstance(value, str) else f"B={value[0]} V={value[1]}"
+
+
+@pytest.mark.parametrize(("size", "name", "rows"), CASES, ids=label)
 def test_sample(benchmark: Any, size: tuple[int, int], name: str, rows: str) -> None:
     B, V = size
     logits = (SPREADS[rows] * torch.randn(B, V, generator=torch.Generator().manual_seed(0))).to(DEVICE)
@@ -70,9 +76,11 @@ def test_sample(benchmark: Any, size: tuple[int, int], name: str, rows: str) -> 
 
         return run
 
-    others = {"floor: one read": timed(lambda: logits.amax(1)), "PyTorch pipeline": timed(lambda: pipeline(**options)(logits))}
-    label = f"B={B} V={V}, {DEVICE}" + ("" if rows == "normal" else f", {rows}")
-    compare(benchmark, f"sample, {name}", label, timed(lambda: ops.sample(logits, seed=1, **options)), others, rounds=15)
+    peer = pipeline(**options)
+    others = {"floor: one read": timed(lambda: logits.amax(1)), "PyTorch pipeline": timed(lambda: peer(logits))}
+    ours = timed(lambda: ops.sample(logits, seed=1, **options))
+    title = f"{label(size)}, {DEVICE}" + ("" if rows == "normal" else f", {rows}")
+    compare(benchmark, f"sample, {name}", title, ours, others, rounds=15)
 
 
 def check(logits: Tensor, options: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 // The row kernels of sample, written once over `Vec` and compiled once per instruction set: this file is included
 // inside namespaces fasttrain::{scalar,avx2,avx512} and therefore has no include guard. "Step n" is the specification's.
 //
-// A mass is at most 2^40.5 and has at most 24 significant bits, so a float holds it exactly, and float64 any sum of
-// 2^12 of them: all arithmetic on masses is vector arithmetic without rounding. Nothing is sorted. A first pass leaves
+// A mass is at most 2^40 and has at most 24 significant bits, so a float holds it exactly, and float64 any sum of 2^12
+// of them: all arithmetic on masses is vector arithmetic without rounding. Nothing is sorted. A first pass leaves
 // the maximum of every group of ids; filters then look only at groups that can matter, gather the tokens that can
 // matter side by side, and narrow an interval of logits around the cut until it is one value.
 
