@@ -101,6 +101,7 @@ class Variant:
             "losses": "*fp32",
             "lses": "*fp32",
             "grad_losses": "*fp32",
+            "scale_stride": "i32",
             "logits_stride": "i64",
             "grad_losses_stride": "i32",
             "ignore_index": "i32",

@@ -1,7 +1,5 @@
-// cross_entropy for CPUs: fasttrain::cross_entropy_{forward,fused,backward}. The schemas and the formula stand in
+// cross_entropy for CPUs: fasttrain::cross_entropy_{forward,fused,fused_,backward}. The schemas and the formula stand in
 // fasttrain/ops/cross_entropy.py; this file validates, allocates, and gives rows to threads.
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -22,6 +20,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "half_types.h"
+#include "huge_pages.h"
 #include "isa.h"
 
 namespace fasttrain {
@@ -36,13 +35,12 @@ struct Problem {
   const std::int64_t* targets;  // (N,)
   std::int64_t ignore_index;
   double label_smoothing, z_loss, softcap;
-  double scale = 1;            // fused: the gradient is that of scale * sum(losses)
-  void* gradient = nullptr;    // (N, V) contiguous, the logits' type
+  void* gradient = nullptr;    // (N, V) contiguous, the logits' type; may be the logits themselves
   bool stream = false;         // the gradient is larger than the caches
   bool float64 = false;
   void* losses = nullptr;      // (N,) float32, or float64 for float64 logits
   double* lse = nullptr;             // (N,)
-  const void* row_scales = nullptr;  // backward: gradient of each row's loss
+  const void* row_scales = nullptr;  // the gradient is that of sum(row_scales * losses)
   std::int64_t row_scales_stride = 0;
 
   void set_row(std::int64_t row, double loss, double row_lse) const {
@@ -151,19 +149,6 @@ Problem make_problem(const Tensor& logits, const Tensor& targets, std::int64_t i
   return p;
 }
 
-// A fresh large tensor is page-faulted in on first touch: 4 KiB at a time costs more than the arithmetic.
-Tensor empty_gradient(const Tensor& logits) {
-  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  constexpr std::uintptr_t kHugePage = 2u << 20;
-  const std::uintptr_t bytes = static_cast<std::uintptr_t>(gradient.numel()) * gradient.element_size();
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(gradient.mutable_data_ptr());
-  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = (begin + bytes) / kHugePage * kHugePage;
-#if defined(MADV_HUGEPAGE)
-  if (bytes >= 2 * kHugePage && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return gradient;
-}
-
 bool larger_than_caches(const Tensor& t) { return t.numel() * static_cast<std::int64_t>(t.element_size()) >= (8 << 20); }
 
 std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& targets, std::int64_t ignore_index,
@@ -177,21 +162,38 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Ten
   return {losses, lse};
 }
 
+// scale: one value, or one for each row.
+std::tuple<Tensor, Tensor> run_fused(Problem& p, const Tensor& logits, const Tensor& scale, const Tensor& gradient) {
+  const ScalarType out = p.float64 ? ScalarType::Double : ScalarType::Float;
+  const bool per_row = scale.dim() == 1 && scale.size(0) == p.N;
+  STD_TORCH_CHECK((per_row || scale.numel() == 1) && scale.scalar_type() == out,
+                  "cross_entropy: scale must be one value, or one for each row, of the loss's type");
+  Tensor losses = torch::stable::new_empty(logits, {p.N}, out), lse = torch::stable::new_empty(logits, {p.N}, ScalarType::Double);
+  p.row_scales = scale.const_data_ptr();
+  p.row_scales_stride = per_row ? scale.stride(0) : 0;
+  p.losses = losses.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr<double>();
+  p.gradient = gradient.mutable_data_ptr();
+  run(p, Pass::fused, logits.scalar_type());
+  return {losses, lse};
+}
+
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_fused(const Tensor& logits, const Tensor& targets, const Tensor& scale,
                                                        std::int64_t ignore_index, double label_smoothing, double z_loss,
                                                        double softcap) {
   Problem p = make_problem(logits, targets, ignore_index, label_smoothing, z_loss, softcap);
-  const ScalarType out = p.float64 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == out, "cross_entropy: scale must be one value of the loss's type");
-  p.scale = p.float64 ? *scale.const_data_ptr<double>() : *scale.const_data_ptr<float>();
-  Tensor losses = torch::stable::new_empty(logits, {p.N}, out), lse = torch::stable::new_empty(logits, {p.N}, ScalarType::Double);
-  Tensor gradient = empty_gradient(logits);
-  p.losses = losses.mutable_data_ptr();
-  p.lse = lse.mutable_data_ptr<double>();
-  p.gradient = gradient.mutable_data_ptr();
+  Tensor gradient = empty_on_huge_pages(logits, p.N, p.V);
   p.stream = larger_than_caches(gradient);
-  run(p, Pass::fused, logits.scalar_type());
+  auto [losses, lse] = run_fused(p, logits, scale, gradient);
   return {losses, lse, gradient};
+}
+
+// Writes the gradient over the logits. Plain stores: each line is in cache from having been read.
+std::tuple<Tensor, Tensor> cross_entropy_fused_(Tensor logits, const Tensor& targets, const Tensor& scale,
+                                                std::int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+  Problem p = make_problem(logits, targets, ignore_index, label_smoothing, z_loss, softcap);
+  STD_TORCH_CHECK(logits.is_contiguous(), "cross_entropy_fused_: logits must be contiguous");
+  return run_fused(p, logits, scale, logits);
 }
 
 Tensor cross_entropy_backward(const Tensor& grad_losses, const Tensor& logits, const Tensor& targets, const Tensor& lse,
@@ -202,7 +204,7 @@ Tensor cross_entropy_backward(const Tensor& grad_losses, const Tensor& logits, c
                   "cross_entropy: grad_losses must be (N,) of the loss's type");
   STD_TORCH_CHECK(lse.dim() == 1 && lse.size(0) == p.N && lse.scalar_type() == ScalarType::Double && lse.is_contiguous(),
                   "cross_entropy: lse must be (N,) as the forward returned it");
-  Tensor gradient = empty_gradient(logits);
+  Tensor gradient = empty_on_huge_pages(logits, p.N, p.V);
   p.lse = static_cast<double*>(lse.data_ptr());
   p.row_scales = grad_losses.const_data_ptr();
   p.row_scales_stride = grad_losses.stride(0);
@@ -218,5 +220,6 @@ Tensor cross_entropy_backward(const Tensor& grad_losses, const Tensor& logits, c
 STABLE_TORCH_LIBRARY_IMPL(fasttrain, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&fasttrain::cross_entropy_forward));
   m.impl("cross_entropy_fused", TORCH_BOX(&fasttrain::cross_entropy_fused));
+  m.impl("cross_entropy_fused_", TORCH_BOX(&fasttrain::cross_entropy_fused_));
   m.impl("cross_entropy_backward", TORCH_BOX(&fasttrain::cross_entropy_backward));
 }

@@ -4,7 +4,8 @@
 // A row is read from memory once. It is walked in blocks that fit the first-level cache; each block is exponentiated
 // against the running maximum of its time, the results stay in a row-sized scratch (second-level cache), and the
 // change of reference is one factor per block when the gradient is written. The gradient leaves by streaming stores,
-// which do not read the line they replace.
+// which do not read the line they replace. It may be written over the logits: what is needed of a logit after that
+// (the target's) is read before.
 
 constexpr std::int64_t kBlock = 2048;
 
@@ -218,11 +219,11 @@ struct RowKernel {
     return value;
   }
 
-  void patch_target(T* g, const T* x, std::int64_t y, double lse, double rest, double scale) const {
+  void patch_target(T* g, double logit, double lse, double rest, double scale) const {
     const double smoothing = problem.label_smoothing;
     double value = -rest + 2 * problem.z_loss * lse * (1 - rest) + smoothing - smoothing / static_cast<double>(problem.V);
-    if (kSoftcap) { const double t = std::tanh(element(x + y) / problem.softcap); value *= 1 - t * t; }
-    g[y] = element_from<T>(scale * value);
+    if (kSoftcap) { const double t = std::tanh(logit / problem.softcap); value *= 1 - t * t; }
+    *g = element_from<T>(scale * value);
   }
 
   template <bool kGradient>
@@ -243,18 +244,18 @@ struct RowKernel {
         ? reduce_row<V, kSoftcap, true, kGradient>(x, n, y, peel, softcap, exps, reference)
         : reduce_row<V, kSoftcap, false, kGradient>(x, n, y, peel, softcap, exps, reference);
     // NaN for a row that is all -inf, +inf somewhere, or NaN somewhere, as the formula gives it.
-    const double x_y = capped(x + y), e_y = std::exp(x_y - stats.max), total = stats.sum_rest + e_y;
+    const double logit_y = element(x + y), x_y = capped(x + y), e_y = std::exp(x_y - stats.max), total = stats.sum_rest + e_y;
     const double lse = stats.max + std::log(total);
     const double gap = x_y == stats.max ? -std::log1p(stats.sum_rest) : x_y - lse;
     problem.set_row(row, loss(lse, gap, stats.sum_x + (problem.label_smoothing > 0 ? x_y : 0)), lse);
     if (!kGradient) return;
-    const double scale = problem.scale * (1 + 2 * problem.z_loss * lse);
-    const double shift = problem.scale * problem.label_smoothing / static_cast<double>(n);
+    const double row_scale = problem.row_scale(row), scale = row_scale * (1 + 2 * problem.z_loss * lse);
+    const double shift = row_scale * problem.label_smoothing / static_cast<double>(n);
     if (problem.stream)
       write_gradient<V, kSoftcap, true, true>(g, x, n, peel, softcap, exps, reference, lse, scale, shift);
     else
       write_gradient<V, kSoftcap, false, true>(g, x, n, peel, softcap, exps, reference, lse, scale, shift);
-    patch_target(g, x, y, lse, stats.sum_rest / total, problem.scale);
+    patch_target(g + y, logit_y, lse, stats.sum_rest / total, row_scale);
   }
 
   void backward(std::int64_t row) const {
@@ -273,7 +274,7 @@ struct RowKernel {
       write_gradient<V, kSoftcap, true, false>(g, x, n, peel, softcap, nullptr, nullptr, lse, scale, shift);
     else
       write_gradient<V, kSoftcap, false, false>(g, x, n, peel, softcap, nullptr, nullptr, lse, scale, shift);
-    patch_target(g, x, y, lse, -std::expm1(capped(x + y) - lse), row_scale);
+    patch_target(g + y, element(x + y), lse, -std::expm1(capped(x + y) - lse), row_scale);
   }
 };
 

@@ -3,10 +3,11 @@
 The sum, not the mean: only sums over micro-batches (and ranks) can be divided once by the true number of targets.
 A batch is a dict in Hugging Face's form (`input_ids`, `labels` not yet shifted, `attention_mask`), a pair (x, y) with
 y already shifted, or a tensor of ids (shifted here). A model returns logits, (logits, loss), or a dict or object with
-`.logits`/`.loss`. Labels of -100 are no targets. Deliberately left out: losses other than next-token prediction;
+`.logits`/`.loss`; one that can return its hidden states instead is never asked for logits, the largest tensor of a
+step. Labels of -100 are no targets. Deliberately left out: losses other than next-token prediction;
 pass `loss_fn(model, batch) -> (loss_sum, num_targets)` for those.
 
-Legend: B sequences, T positions, V vocabulary.
+Legend: B sequences, T positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import cross_entropy
+from .ops import cross_entropy, linear_cross_entropy
 from .utils import unwrap
 
 IGNORE = -100
@@ -40,19 +41,46 @@ def batch_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """(loss_sum () float32, num_targets () int64), both on the model's device, without reading the device.
 
     A scalar loss that the model itself returns wins over its logits (it may hold more than cross-entropy); it is
-    taken as a mean over the targets and multiplied by their number.
+    taken as a mean over the targets and multiplied by their number. Where `linear_head` finds one, the loss is computed
+    from hidden states, and no logits are made.
 
     Raises:
         ValueError: a batch or an output of unknown form, or logits that do not fit the targets.
         IndexError: a label outside the vocabulary.
     """
     parts = split_batch(batch)
-    logits, loss = call_model(model, parts)
     num_targets = (parts.targets != IGNORE).sum()
+    head, _ = linear_head(model)
+    if head is not None:
+        hidden = flat_hidden(model(parts.input_ids, return_hidden=True, **_accepted(model, parts)), head, parts.targets)
+        loss_sum = linear_cross_entropy(hidden, head.weight, parts.targets.reshape(-1), ignore_index=IGNORE,
+                                        bias=getattr(head, "bias", None), reduction="sum")
+        return loss_sum.float(), num_targets
+    logits, loss = call_model(model, parts)
     if loss is not None:
         return torch.where(num_targets > 0, loss.float() * num_targets, 0.0), num_targets
     flat = flat_logits(logits, parts.targets)
     return cross_entropy(flat, parts.targets.reshape(-1), ignore_index=IGNORE, reduction="sum").float(), num_targets
+
+
+def linear_head(model: nn.Module) -> tuple[nn.Linear | nn.Embedding | None, str]:
+    """The module whose weight turns the model's hidden states into logits, or None; and why.
+
+    A model offers one by `forward(..., return_hidden=True)`, which returns hidden states (B, T, D), and
+    `get_output_embeddings()`, the module whose `weight` (V, D) (and `bias`, if any) turns them into exactly its logits.
+    """
+    inner = unwrap(model)
+    name, accepted = type(inner).__name__, forward_parameters(type(inner).forward)
+    if "return_hidden" not in accepted or not hasattr(inner, "get_output_embeddings"):
+        return None, f"{name} does not offer forward(return_hidden=True) and get_output_embeddings()"
+    if "targets" in accepted:
+        return None, f"{name} computes a loss of its own"
+    if any(getattr(wrapper, "find_unused_parameters", False) for wrapper in (model, model._modules.get("_orig_mod"))):
+        return None, "find_unused_parameters=True would take the head for unused"
+    head = inner.get_output_embeddings()  # type: ignore[operator]
+    if type(head) not in (nn.Linear, nn.Embedding):  # a subclass may compute something else with its weight
+        return None, f"the head of {name} is a {type(head).__name__}, not a plain nn.Linear or nn.Embedding"
+    return head, "no logits are made"
 
 
 def split_batch(batch: Any) -> Parts:
@@ -85,9 +113,9 @@ def shift_left(labels: Tensor) -> Tensor:
 
 def call_model(model: nn.Module, parts: Parts) -> tuple[Any, Tensor | None]:
     """(logits, the model's own scalar loss or None)."""
-    accepted = forward_parameters(type(unwrap(model)).forward)
-    arguments = {key: value for key, value in parts.extras.items() if key in accepted}
-    if "targets" in accepted:  # nanoGPT's convention: already shifted, and without them only the last logits come back
+    arguments = _accepted(model, parts)
+    # nanoGPT's convention: already shifted, and without them only the last logits come back.
+    if "targets" in forward_parameters(type(unwrap(model)).forward):
         arguments["targets"] = parts.targets
     output = model(parts.input_ids, **arguments)
     if isinstance(output, Mapping):
@@ -103,6 +131,22 @@ def call_model(model: nn.Module, parts: Parts) -> tuple[Any, Tensor | None]:
     if isinstance(logits, Tensor) and logits.dim() == 0:
         logits, loss = None, logits
     return logits, loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
+
+
+def _accepted(model: nn.Module, parts: Parts) -> dict[str, Any]:
+    """What the batch holds besides ids and labels and the model's forward takes."""
+    accepted = forward_parameters(type(unwrap(model)).forward)
+    return {key: value for key, value in parts.extras.items() if key in accepted}
+
+
+def flat_hidden(hidden: Any, head: nn.Linear | nn.Embedding, targets: Tensor) -> Tensor:
+    """Hidden states (..., D) as (N, D), checked against the head and N targets."""
+    size = head.weight.size(1)
+    if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (size,) or hidden.numel() != targets.numel() * size:
+        raise ValueError(f"the model returned {_describe(hidden)} for return_hidden=True and targets of shape "
+                         f"{tuple(targets.shape)}; it must return hidden states (B, T, {size}), one row for each "
+                         f"target, {size} being what its get_output_embeddings().weight takes")
+    return hidden.reshape(-1, size)
 
 
 def flat_logits(logits: Any, targets: Tensor) -> Tensor:

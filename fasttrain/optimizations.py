@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import TrainConfig
+from .losses import linear_head
 from .ops import backend_info
 from .utils import format_bytes
 
@@ -35,14 +36,15 @@ class Optimization:
     """Turns the switch back off; does nothing if it is off."""
 
 
-def apply_optimizations(model: nn.Module, config: TrainConfig,
-                        device: torch.device) -> tuple[nn.Module, list[Optimization]]:
-    """Turns on what `config` asks for and this device can do.
+def apply_optimizations(model: nn.Module, config: TrainConfig, device: torch.device, *,
+                        own_loss: bool = False) -> tuple[nn.Module, list[Optimization]]:
+    """Turns on what `config` asks for and this device can do. `own_loss`: training calls a loss function of the user's.
 
     Returns the module to train (`model` itself, or its compiled form, which shares its parameters) and the decisions.
     """
     decisions = [
         _fused_loss(device),
+        _fused_linear_loss(model, device, own_loss),
         tune_cpu_memory() if device.type == "cpu" else Optimization(_MEMORY, False, f"the model is on {device.type}"),
         _tf32(device),
         _activation_checkpointing(model, config.activation_checkpointing),
@@ -59,6 +61,19 @@ def _fused_loss(device: torch.device) -> Optimization:
     if choice is None:
         return Optimization("fused cross-entropy", False, f"no compiled kernel for {device.type}: plain PyTorch runs")
     return Optimization("fused cross-entropy", choice.impl != "reference", choice.reason or f"{choice.impl} kernel")
+
+
+def _fused_linear_loss(model: nn.Module, device: torch.device, own_loss: bool) -> Optimization:
+    """Reports what `batch_loss` does: the head and the loss in one op, in chunks, in place of all the logits."""
+    name = "fused linear loss"
+    head, reason = linear_head(model)
+    if own_loss or head is None:
+        return Optimization(name, False, "loss_fn is the user's own" if own_loss else reason)
+    choice = backend_info()["linear_cross_entropy"].get(device.type)
+    if choice is None or choice.impl == "reference":
+        other = f"no compiled kernel for {device.type}: plain PyTorch runs"
+        return Optimization(name, False, choice.reason if choice else other)
+    return Optimization(name, True, f"{reason}; {choice.impl} kernel")
 
 
 def _tf32(device: torch.device) -> Optimization:

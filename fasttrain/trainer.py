@@ -232,7 +232,8 @@ class Trainer:
     def _built_state(self) -> TrainState:
         if self.state is None:
             config, loader = self._resolved(), self.train_dataloader or ()
-            model, self.optimizations = apply_optimizations(self.model, config, self.device)
+            model, self.optimizations = apply_optimizations(
+                self.model, config, self.device, own_loss=self.loss_fn is not None)
             optimizer = self.optimizer or assembly.build_optimizer(self.model, config)
             scheduler = self.scheduler or build_scheduler(
                 optimizer, config, assembly.planned_steps(config, loader) or 0)

@@ -163,9 +163,9 @@ def _gradient(x, m, y_from_start, lanes, factor, spread, at_target, softcap, BLO
 
 
 @triton.jit
-def _one_load_kernel(logits, targets, scale, losses, lses, grads, logits_stride, ignore_index, label_smoothing, z_loss,
-                     softcap, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-                     SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAPPED: tl.constexpr,
+def _one_load_kernel(logits, targets, scale, losses, lses, grads, scale_stride, logits_stride, ignore_index,
+                     label_smoothing, z_loss, softcap, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+                     ALIGNED: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAPPED: tl.constexpr,
                      SOFTWARE_BF16: tl.constexpr):
     """One program per row; the row lives in registers, as STEPS blocks, between its reduction and its gradient."""
     STEPS: tl.constexpr = (V + BLOCK - 1) // BLOCK
@@ -203,7 +203,7 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, logits_stride,
     tl.store(losses + row, loss)
     tl.store(lses + row, lse)
 
-    grad = tl.where(x_y == x_y, tl.load(scale), float("nan"))
+    grad = tl.where(x_y == x_y, tl.load(scale + row * scale_stride), float("nan"))
     factor, spread, at_target = _row_gradient(grad, lse, label_smoothing, z_loss, V, Z_LOSS)
     factor /= total
     y32 = y.to(tl.int32)
@@ -218,9 +218,9 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, logits_stride,
 
 
 @triton.jit
-def _streaming_kernel(logits, targets, scale, losses, lses, grads, logits_stride, ignore_index, label_smoothing, z_loss,
-                      softcap, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
-                      WITH_GRADIENT: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr,
+def _streaming_kernel(logits, targets, scale, losses, lses, grads, scale_stride, logits_stride, ignore_index,
+                      label_smoothing, z_loss, softcap, V: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+                      ALIGNED: tl.constexpr, WITH_GRADIENT: tl.constexpr, SMOOTHED: tl.constexpr, Z_LOSS: tl.constexpr,
                       SOFTCAPPED: tl.constexpr, SOFTWARE_BF16: tl.constexpr):
     """One program per row, any V: running maxima and sums, then (WITH_GRADIENT) a second read for the gradient.
 
@@ -260,7 +260,7 @@ def _streaming_kernel(logits, targets, scale, losses, lses, grads, logits_stride
     tl.store(lses + row, lse)
 
     if WITH_GRADIENT:
-        grad = tl.where(x_y == x_y, tl.load(scale), float("nan"))
+        grad = tl.where(x_y == x_y, tl.load(scale + row * scale_stride), float("nan"))
         factor, spread, at_target = _row_gradient(grad, lse, label_smoothing, z_loss, V, Z_LOSS)
         factor /= total
         y32 = y.to(tl.int32)
@@ -316,8 +316,7 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor, *, ignore_index: int,
     A row whose target is `ignore_index` gets 0 and 0, and its logits are not read; a target out of range gives NaN.
     `softcap` 0 is none. Reads the logits once.
     """
-    losses, lse, _ = _stream(logits, targets, None, ignore_index, label_smoothing, z_loss, softcap)
-    return losses, lse
+    return _stream(logits, targets, None, None, ignore_index, label_smoothing, z_loss, softcap)
 
 
 def cross_entropy_backward(grad_losses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *, ignore_index: int,
@@ -342,28 +341,37 @@ def cross_entropy_backward(grad_losses: Tensor, logits: Tensor, targets: Tensor,
 
 def cross_entropy_fused(logits: Tensor, targets: Tensor, scale: Tensor, *, ignore_index: int, label_smoothing: float,
                         z_loss: float, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (N,), log-sum-exps (N,) and the gradient (N, V) of scale * sum(losses).
+    """Losses (N,), log-sum-exps (N,) and the gradient (N, V) of sum(scale * losses).
 
-    `scale` is a 0-d float32 tensor on the logits' device, so that a mean's 1 / count needs no host. The logits are read
-    once where `one_load_shape` says that a row fits in registers, twice above.
+    `scale` is float32 on the logits' device, 0-d or (N,), so that a mean's 1 / count needs no host. The logits are
+    read once where `one_load_shape` says that a row fits in registers, twice above.
     """
+    grads = logits.new_empty(logits.shape)
+    return *_fuse(logits, targets, scale, grads, ignore_index, label_smoothing, z_loss, softcap), grads
+
+
+def cross_entropy_fused_(logits: Tensor, targets: Tensor, scale: Tensor, *, ignore_index: int, label_smoothing: float,
+                         z_loss: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """The same with the gradient written over the contiguous logits: each thread has read what it writes over."""
+    if not logits.is_contiguous():
+        raise ValueError(f"logits have strides {logits.stride()}; cross_entropy_fused_ takes a contiguous tensor")
+    return _fuse(logits, targets, scale, logits, ignore_index, label_smoothing, z_loss, softcap)
+
+
+def _fuse(logits: Tensor, targets: Tensor, scale: Tensor, grads: Tensor, *terms: float) -> tuple[Tensor, Tensor]:
     logits = _checked(logits, targets)
     num_rows, num_classes = logits.shape
-    shape = one_load_shape(num_classes, logits.element_size(), aligned=_aligned(logits),
-                           smoothed=label_smoothing != 0.0, softcapped=softcap != 0.0)
+    shape = one_load_shape(num_classes, logits.element_size(), aligned=_aligned(logits), smoothed=terms[1] != 0.0,
+                           softcapped=terms[3] != 0.0)
     if shape is None or num_rows == 0:
-        losses, lse, grads = _stream(logits, targets, scale, ignore_index, label_smoothing, z_loss, softcap)
-        assert grads is not None
-        return losses, lse, grads
-    losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(losses)
-    grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
+        return _stream(logits, targets, scale, grads, *terms)
+    losses, lse = (logits.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(logits):
         _one_load_kernel[(num_rows,)](
-            logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing,
-            z_loss, softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
-            ALIGNED=_aligned(logits), **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape, True))
-    return losses, lse, grads
+            logits, targets.contiguous(), scale, losses, lse, grads, scale.stride(0) if scale.dim() else 0,
+            logits.stride(0), *terms, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
+            ALIGNED=_aligned(logits), **_flags(logits, *terms[1:]), **_options(shape, True))
+    return losses, lse
 
 
 def scale_inplace(grad: Tensor, scale: Tensor) -> Tensor:
@@ -382,24 +390,21 @@ def scale_inplace(grad: Tensor, scale: Tensor) -> Tensor:
     return grad
 
 
-def _stream(logits: Tensor, targets: Tensor, scale: Tensor | None, ignore_index: int, label_smoothing: float,
-            z_loss: float, softcap: float) -> tuple[Tensor, Tensor, Tensor | None]:
+def _stream(logits: Tensor, targets: Tensor, scale: Tensor | None, grads: Tensor | None,
+            *terms: float) -> tuple[Tensor, Tensor]:
     logits = _checked(logits, targets)
     num_rows, num_classes = logits.shape
-    losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(losses)
-    grads = None
-    if scale is not None:
-        grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
+    losses, lse = (logits.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     if num_rows:
+        row_stride = scale.stride(0) if scale is not None and scale.dim() else 0
         shape = streaming_shape(num_classes, logits.element_size(), aligned=_aligned(logits))
         with torch.cuda.device_of(logits):
             _streaming_kernel[(num_rows,)](
-                logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index,
-                label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
-                GROUP=BYTES_PER_ACCESS // logits.element_size(), ALIGNED=_aligned(logits),
-                WITH_GRADIENT=scale is not None, **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
-    return losses, lse, grads
+                logits, targets.contiguous(), scale, losses, lse, grads, row_stride, logits.stride(0), *terms,
+                V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
+                ALIGNED=_aligned(logits), WITH_GRADIENT=scale is not None, **_flags(logits, *terms[1:]),
+                **_options(shape))
+    return losses, lse
 
 
 def _flags(logits: Tensor, label_smoothing: float, z_loss: float, softcap: float) -> dict[str, bool]:

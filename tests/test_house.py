@@ -184,13 +184,18 @@ def test_public_names_are_the_designs() -> None:
     from fasttrain.trainer import Trainer
 
     assert fasttrain.Trainer is Trainer
-    assert {"cross_entropy", "sample"} <= set(ops.__all__)
+    assert {"cross_entropy", "linear_cross_entropy", "sample"} <= set(ops.__all__)
 
 
 def test_the_ops_signatures_are_the_designs() -> None:
     assert str(inspect.signature(ops.cross_entropy)).split(" ->")[0] == (
         "(logits: 'Tensor', targets: 'Tensor', *, ignore_index: 'int' = -100, label_smoothing: 'float' = 0.0, "
         "z_loss: 'float' = 0.0, softcap: 'float | None' = None, reduction: 'Reduction' = 'mean', impl: 'Impl' = 'auto')"
+    )
+    assert str(inspect.signature(ops.linear_cross_entropy)).split(" ->")[0] == (
+        "(hidden: 'Tensor', weight: 'Tensor', targets: 'Tensor', *, bias: 'Tensor | None' = None, "
+        "ignore_index: 'int' = -100, label_smoothing: 'float' = 0.0, z_loss: 'float' = 0.0, "
+        "softcap: 'float | None' = None, reduction: 'Reduction' = 'mean', impl: 'Impl' = 'auto')"
     )
     assert list(inspect.signature(ops.sample).parameters) == [
         "logits",

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from tiny_runs import VOCAB, Bigram, one_thread, tokens  # noqa: F401
 from torch import Tensor, nn
 
-from fasttrain.losses import IGNORE, batch_loss, check_is_causal, shift_left
+from fasttrain.losses import IGNORE, batch_loss, check_is_causal, linear_head, shift_left
+from fasttrain.models.gpt import GPT, GPTConfig
 
 IDS = tokens(12).view(2, 6)
 
@@ -156,3 +157,98 @@ def test_models_with_another_objective_are_refused() -> None:
 def test_bfloat16_logits_still_give_a_float32_sum() -> None:
     model = Bigram().to(torch.bfloat16)
     assert measured(model, (IDS, IDS))[0] == pytest.approx(truth(Bigram(), IDS)[0], rel=0.02)
+
+
+class WithHead(nn.Module):
+    """A model that can return its hidden states instead of its logits; notes which it made."""
+
+    def __init__(self, bias: bool = True, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, 12)
+        self.head: nn.Module = self.embedding if tied else nn.Linear(12, VOCAB, bias=bias)
+        self.calls: list[str] = []
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, return_hidden: bool = False) -> Tensor:
+        self.calls.append("hidden" if return_hidden else "logits")
+        hidden = self.embedding(input_ids).tanh()
+        if attention_mask is not None:
+            hidden = hidden * attention_mask[..., None]
+        return hidden if return_hidden else F.linear(hidden, self.head.weight, getattr(self.head, "bias", None))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+class LogitsOnly(nn.Module):
+    """The same model behind a forward that does not offer hidden states."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.inner(input_ids, attention_mask=attention_mask)
+
+
+def loss_and_gradients(model: nn.Module, batch: Any) -> list[Tensor]:
+    model.zero_grad()
+    loss, count = batch_loss(model, batch)
+    loss.backward()
+    return [loss.detach(), count, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+LABELS = IDS.clone()
+LABELS[0, :3] = IGNORE
+BATCHES: list[Any] = [IDS, (IDS, LABELS), {"input_ids": IDS, "labels": LABELS, "attention_mask": (LABELS >= 0).long()}]
+GPT_CONFIG = GPTConfig(vocab_size=VOCAB, hidden_size=16, num_layers=1, num_heads=2, max_seq_len=8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [WithHead, lambda: WithHead(bias=False), lambda: WithHead(tied=True), lambda: GPT(GPT_CONFIG)],
+    ids=["bias", "no bias", "tied", "GPT"],
+)
+@pytest.mark.parametrize("batch", BATCHES, ids=["ids", "pair", "dict"])
+def test_a_model_that_gives_hidden_states_has_the_loss_and_gradients_of_its_logits(make: Any, batch: Any) -> None:
+    model = make()
+    got, want = loss_and_gradients(model, batch), loss_and_gradients(LogitsOnly(model), batch)
+    assert len(got) == len(want) == 2 + len(list(model.parameters()))
+    for ours, theirs in zip(got, want):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_no_logits_are_made_where_hidden_states_can_be_had_also_through_a_compiled_model() -> None:
+    model = WithHead()
+    plain = loss_and_gradients(model, IDS)
+    compiled = loss_and_gradients(torch.compile(model, backend="eager"), IDS)  # type: ignore[arg-type]
+    assert set(model.calls) == {"hidden"}
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled))
+
+
+def test_a_head_that_is_more_than_a_weight_and_a_loss_of_the_models_own_keep_their_logits() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class OwnLoss(WithHead):
+        def forward(self, input_ids: Tensor, targets: Tensor, return_hidden: bool = False) -> Any:  # type: ignore[override]
+            logits = super().forward(input_ids)
+            return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    model = WithHead()
+    model.head = Scaled(12, VOCAB)
+    for made, reason in ((model, "is a Scaled"), (OwnLoss(), "loss of its own"), (Bigram(), "return_hidden=True")):
+        batch_loss(made, (IDS, IDS))
+        head, why = linear_head(made)
+        assert head is None and reason in why
+        assert "hidden" not in getattr(made, "calls", [])
+
+
+def test_hidden_states_of_the_wrong_shape_are_refused() -> None:
+    class Cut(WithHead):
+        def forward(self, input_ids: Tensor, return_hidden: bool = False) -> Tensor:  # type: ignore[override]
+            return super().forward(input_ids, return_hidden=return_hidden)[..., :7]
+
+    with pytest.raises(ValueError, match=r"shape \(2, 6, 7\) for return_hidden=True.*\(B, T, 12\)"):
+        batch_loss(Cut(), IDS)

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from fasttrain.config import TrainConfig
+from fasttrain.models.gpt import GPT, GPTConfig
+from fasttrain.ops import backend_info
 from fasttrain.optimizations import apply_optimizations, repeated_blocks
 
 MEASURE_FAULTS = """
@@ -124,7 +126,22 @@ def test_every_switch_reports_its_state_with_a_reason() -> None:
     _, decisions = apply_optimizations(Stack(), TrainConfig(), torch.device("cpu"))
     try:
         assert {d.name: d.on for d in decisions}["torch.compile"] is False
-        assert all(d.reason for d in decisions) and len({d.name for d in decisions}) == len(decisions) == 5
+        assert all(d.reason for d in decisions) and len({d.name for d in decisions}) == len(decisions) == 6
     finally:
         for decision in decisions:
             decision.restore()
+
+
+def test_the_fused_linear_loss_is_reported_with_its_reason() -> None:
+    gpt = GPT(GPTConfig(vocab_size=11, hidden_size=16, num_layers=1, num_heads=2, max_seq_len=8))
+    compiled = backend_info()["linear_cross_entropy"]["cpu"].impl == "cpp"
+    for model, own_loss, on, reason in (
+        (Stack(), False, False, "return_hidden=True"),
+        (gpt, True, False, "loss_fn is the user's own"),
+        (gpt, False, compiled, ""),
+    ):
+        _, decisions = apply_optimizations(model, TrainConfig(), torch.device("cpu"), own_loss=own_loss)
+        for decision in decisions:
+            decision.restore()
+        report = next(decision for decision in decisions if decision.name == "fused linear loss")
+        assert report.on is on and reason in report.reason

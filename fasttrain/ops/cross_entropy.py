@@ -65,7 +65,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
     Equivalent to: `F.cross_entropy(logits.float(), targets, ignore_index=ignore_index,
     label_smoothing=label_smoothing, reduction=reduction)` plus the z-loss and the softcap.
     """
-    _check(logits, targets, label_smoothing, z_loss, softcap, reduction)
+    _check(logits, targets)
+    check_terms(label_smoothing, z_loss, softcap, reduction)
     chosen = resolve("cross_entropy", impl, logits)
     terms = Terms(ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
     targets = targets.long()
@@ -79,7 +80,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
             return cross_entropy_reference(logits, targets, terms, reduction)
         return _run(kernels, logits, targets, terms, reduction)
     except (RuntimeError, IndexError):
-        _raise_if_target_out_of_range(targets, logits.size(1), ignore_index)
+        raise_if_target_out_of_range(targets, logits.size(1), ignore_index)
         raise
 
 
@@ -147,8 +148,7 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _check(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, softcap: float | None,
-           reduction: str) -> None:
+def _check(logits: Tensor, targets: Tensor) -> None:
     if logits.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (N, V): flatten with "
                          "logits.view(-1, V)")
@@ -163,6 +163,10 @@ def _check(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: floa
         raise ValueError(f"targets are on {targets.device} and logits on {logits.device}; both must be on one device")
     if logits.size(1) == 0:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; there must be at least one class")
+
+
+def check_terms(label_smoothing: float, z_loss: float, softcap: float | None, reduction: str) -> None:
+    """Raises ValueError for a value that `cross_entropy` does not take."""
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1]")
     if not 0.0 <= z_loss < float("inf"):
@@ -173,7 +177,8 @@ def _check(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: floa
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
 
 
-def _raise_if_target_out_of_range(targets: Tensor, num_classes: int, ignore_index: int) -> None:
+def raise_if_target_out_of_range(targets: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises the IndexError that names the first target that is neither a class nor `ignore_index`, if there is one."""
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= num_classes))
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -181,20 +186,24 @@ def _raise_if_target_out_of_range(targets: Tensor, num_classes: int, ignore_inde
                          f"have {num_classes} classes) or equal ignore_index={ignore_index}") from None
 
 
-_TERMS_SCHEMA = "int ignore_index, float label_smoothing, float z_loss, float softcap"
+TERMS_SCHEMA = "int ignore_index, float label_smoothing, float z_loss, float softcap"
 
 
 def _register(namespace: str, triton_device: str) -> Any:
-    """The three ops in one namespace: schema, shapes for tracing, autograd, and the Triton launchers for one device.
+    """The four ops in one namespace: schema, shapes for tracing, autograd, and the Triton launchers for one device.
+
+    `cross_entropy_fused_` writes the gradient over contiguous logits; `scale` is one value or one per row.
 
     The second result, lse (N,), is float64 from C++ (so that p - 1 keeps its digits) and float32 from Triton.
     """
     library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define(f"cross_entropy_forward(Tensor logits, Tensor targets, {_TERMS_SCHEMA}) -> (Tensor, Tensor)")
-    library.define(f"cross_entropy_fused(Tensor logits, Tensor targets, Tensor scale, {_TERMS_SCHEMA}) "
+    library.define(f"cross_entropy_forward(Tensor logits, Tensor targets, {TERMS_SCHEMA}) -> (Tensor, Tensor)")
+    library.define(f"cross_entropy_fused(Tensor logits, Tensor targets, Tensor scale, {TERMS_SCHEMA}) "
                    "-> (Tensor, Tensor, Tensor)")
+    library.define(f"cross_entropy_fused_(Tensor(a!) logits, Tensor targets, Tensor scale, {TERMS_SCHEMA}) "
+                   "-> (Tensor, Tensor)")
     library.define("cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor targets, Tensor lse, "
-                   f"{_TERMS_SCHEMA}) -> Tensor")
+                   f"{TERMS_SCHEMA}) -> Tensor")
 
     def lse_dtype(logits: Tensor) -> torch.dtype:
         return torch.float64 if logits.device.type == "cpu" and triton_device != "CPU" else torch.float32
@@ -205,6 +214,9 @@ def _register(namespace: str, triton_device: str) -> Any:
 
     def fused_fake(logits: Tensor, targets: Tensor, scale: Tensor, *terms: Any) -> tuple[Tensor, Tensor, Tensor]:
         return *forward_fake(logits, targets), logits.new_empty(logits.shape)
+
+    def fused_inplace_fake(logits: Tensor, targets: Tensor, scale: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+        return forward_fake(logits, targets)
 
     def backward_fake(grad_losses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *terms: Any) -> Tensor:
         return logits.new_empty(logits.shape)
@@ -225,10 +237,11 @@ def _register(namespace: str, triton_device: str) -> Any:
 
     torch.library.register_fake(f"{namespace}::cross_entropy_forward", forward_fake, lib=library)
     torch.library.register_fake(f"{namespace}::cross_entropy_fused", fused_fake, lib=library)
+    torch.library.register_fake(f"{namespace}::cross_entropy_fused_", fused_inplace_fake, lib=library)
     torch.library.register_fake(f"{namespace}::cross_entropy_backward", backward_fake, lib=library)
     torch.library.register_autograd(f"{namespace}::cross_entropy_forward", backward, setup_context=setup_context,
                                     lib=library)
-    for name in ("cross_entropy_forward", "cross_entropy_fused", "cross_entropy_backward"):
+    for name in ("cross_entropy_forward", "cross_entropy_fused", "cross_entropy_fused_", "cross_entropy_backward"):
         library.impl(name, _launcher(name), triton_device)
     return library
 

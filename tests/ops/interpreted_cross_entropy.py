@@ -147,6 +147,25 @@ def test_rows_without_a_distribution_are_nan_as_in_pytorch(num_classes: int) -> 
     assert torch.equal(gradient.isnan(), want_gradient.isnan())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("num_classes", [1000, 1003, 70_000])
+def test_the_gradient_may_be_written_over_the_logits_with_a_scale_for_each_row(num_classes: int, terms: dict[str, Any],
+                                                                               dtype: torch.dtype) -> None:
+    logits, targets = rows(3, num_classes, dtype)
+    targets[1] = IGNORE
+    scales = torch.tensor([[0.5, 7.0], [2.0, 7.0], [-3.0, 7.0]])[:, 0]
+    losses, lse, want = kernels.cross_entropy_fused(logits, targets, torch.ones(()), **terms)
+    with count_bytes() as traffic:
+        got_losses, got_lse = kernels.cross_entropy_fused_(logits, targets, scales, **terms)
+    assert torch.equal(got_losses, losses) and torch.equal(got_lse, lse)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.float(), want.float() * scales[:, None], rtol=2 * eps, atol=1e-7)
+    assert traffic.stored["grads"] + traffic.stored["logits"] == logits.nbytes
+    with pytest.raises(ValueError, match=r"strides \(2000, 2\).*contiguous"):
+        kernels.cross_entropy_fused_(torch.zeros(2, 2000)[:, ::2], targets[:2], scales, **terms)
+
+
 @pytest.mark.parametrize("offset", [1e4, -1e4, 1e30, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("num_classes", [3000, 33_000])
 def test_large_logits_lose_nothing(num_classes: int, offset: float) -> None:
@@ -288,6 +307,7 @@ def test_the_gate_sees_a_kernel_that_would_read_past_its_rows() -> None:
             torch.empty(2),
             torch.empty(2),
             None,
+            0,
             20,
             IGNORE,
             0.0,

@@ -99,6 +99,24 @@ def test_rows_that_span_several_blocks_and_are_streamed(isa: str, dtype: torch.d
         assert_as_exact_as_pytorch(logits, targets, reduction=reduction, label_smoothing=0.1, z_loss=1e-3)
 
 
+@needs_extension
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_the_gradient_may_be_written_over_the_logits_with_a_scale_for_each_row(
+    isa: str, dtype: torch.dtype, terms: dict[str, Any]
+) -> None:
+    values = Terms(**{"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0, **terms})
+    rtol = 2 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-5
+    for N, V in [(3, 1), (7, 33), (5, 5003)]:
+        logits, targets = problem(N, V, dtype)
+        targets[targets == -100] = values.ignore_index
+        scales = torch.linspace(-1, 2, 2 * N, dtype=torch.promote_types(dtype, torch.float32))[::2]
+        losses, gradient = loss_and_gradient(logits, targets, scales, impl="cpp", reduction="none", **terms)
+        in_place, _ = torch.ops.fasttrain.cross_entropy_fused_(logits, targets, scales, *values)
+        assert torch.equal(in_place, losses)
+        torch.testing.assert_close(logits, gradient, rtol=rtol, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_extension)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
