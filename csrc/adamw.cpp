@@ -2,6 +2,10 @@
 // validates, cuts all tensors into chunks, and gives the chunks to threads in one parallel region: small tensors cost
 // what their bytes cost.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -26,7 +30,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr std::int64_t kBlock = 256;    // of the eight-bit moments: one scale each
+constexpr int kUnit = 64;    // elements whose random bits come together
+constexpr int kBlock = 256;  // of the eight-bit moments: one scale each
 constexpr std::int64_t kChunk = 16384;  // elements a thread takes at a time; a multiple of kBlock
 
 enum class Storage { float32, bfloat16, int8 };
@@ -58,7 +63,10 @@ struct Chunk {
 }  // namespace
 }  // namespace fasttrain
 
+// Per instruction set: lanes of 64 bits, and the product of their low halves with a constant.
 namespace fasttrain::scalar { namespace {
+typedef std::uint64_t Words __attribute__((vector_size(16)));
+inline Words low_product(Words a, std::uint32_t b) { return (a & 0xffffffffu) * b; }
 #include "adamw_blocks.h"
 } }
 
@@ -66,6 +74,10 @@ namespace fasttrain::scalar { namespace {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace fasttrain::avx2 { namespace {
+typedef std::uint64_t Words __attribute__((vector_size(32)));
+inline Words low_product(Words a, std::uint32_t b) {
+  return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+}
 #include "adamw_blocks.h"
 } }
 #pragma GCC pop_options
@@ -73,6 +85,10 @@ namespace fasttrain::avx2 { namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace fasttrain::avx512 { namespace {
+typedef std::uint64_t Words __attribute__((vector_size(64)));
+inline Words low_product(Words a, std::uint32_t b) {
+  return reinterpret_cast<Words>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
+}
 #include "adamw_blocks.h"
 } }
 #pragma GCC pop_options
@@ -243,8 +259,9 @@ void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   for (const Tensor& tensor : steps) *static_cast<float*>(tensor.mutable_data_ptr()) += 1;
   const Isa isa = current_isa();
   const std::vector<Chunk> chunks = chunks_of(params);
-  for_chunks(static_cast<std::int64_t>(chunks.size()), [&](std::int64_t i) {
-    const Chunk& c = chunks[i];
+  const std::int64_t last = static_cast<std::int64_t>(chunks.size()) - 1;
+  for_chunks(last + 1, [&](std::int64_t i) {
+    const Chunk& c = chunks[last - i];  // backwards: the gradients that the norm read last are still in cache
     run_chunk(isa, items[c.tensor], c.begin, c.end, zero_grads);
   });
 }

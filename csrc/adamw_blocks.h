@@ -21,31 +21,26 @@ inline T narrow(float x) {
 // Sum of squares in double: element i of a chunk belongs to sum i mod 16, whatever the width of the machine's vectors.
 template <class T>
 double sum_of_squares(const T* x, std::int64_t n) {
-  constexpr int kSums = 16;
-  typedef float Floats __attribute__((vector_size(kSums / 2 * sizeof(float))));
-  typedef double Doubles __attribute__((vector_size(kSums / 2 * sizeof(double))));
-  Doubles low{}, high{};
+  constexpr int kSums = 16, kQuarter = kSums / 4;
+  typedef float Floats __attribute__((vector_size(kQuarter * sizeof(float))));
+  typedef double Doubles __attribute__((vector_size(kQuarter * sizeof(double))));
+  Doubles sums[4] = {};
   std::int64_t i = 0;
   for (; i + kSums <= n; i += kSums) {
-    Floats a, b;
-    if constexpr (sizeof(T) == 4) {
-      std::memcpy(&a, x + i, sizeof a);
-      std::memcpy(&b, x + i + kSums / 2, sizeof b);
-    } else {
-      for (int l = 0; l < kSums / 2; ++l) { a[l] = widen(x[i + l]); b[l] = widen(x[i + kSums / 2 + l]); }
+    for (int part = 0; part < 4; ++part) {
+      Floats a;
+      if constexpr (sizeof(T) == 4) std::memcpy(&a, x + i + part * kQuarter, sizeof a);
+      else for (int l = 0; l < kQuarter; ++l) a[l] = widen(x[i + part * kQuarter + l]);
+      const Doubles wide = __builtin_convertvector(a, Doubles);
+      sums[part] += wide * wide;  // an exact product: 24 + 24 bits
     }
-    const Doubles c = __builtin_convertvector(a, Doubles), d = __builtin_convertvector(b, Doubles);
-    low += c * c;  // exact product: 24 + 24 bits
-    high += d * d;
   }
   for (; i < n; ++i) {
-    const double c = static_cast<double>(widen(x[i]));
-    const int l = static_cast<int>(i % kSums);
-    if (l < kSums / 2) low[l] += c * c;
-    else high[l - kSums / 2] += c * c;
+    const double wide = static_cast<double>(widen(x[i]));
+    sums[i % kSums / kQuarter][i % kQuarter] += wide * wide;
   }
   double total = 0;
-  for (int l = 0; l < kSums / 2; ++l) total += low[l] + high[l];
+  for (int l = 0; l < kSums; ++l) total += sums[l / kQuarter][l % kQuarter];
   return total;
 }
 
@@ -69,42 +64,40 @@ inline void update(P* __restrict p, P* __restrict g, float* __restrict m, float*
   }
 }
 
-// 32 random bits for each of the 256 elements of a block: Philox4x32-10 (Salmon et al. 2011). Element i of the tensor
-// takes word (i / 16) mod 4 of counter i / 64 * 16 + i mod 16, so four words of sixteen counters are 64 neighbours.
-inline void random_block(std::int64_t first_element, const Randomness& key, std::uint32_t* __restrict out) {
-  constexpr int kLanes = kBlock / 4;
-  alignas(64) std::uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-  const std::uint64_t counter = static_cast<std::uint64_t>(first_element) / 4;
-  for (int l = 0; l < kLanes; ++l) {  // the first counter is a multiple of 64: no carry into the high word inside a block
-    c0[l] = static_cast<std::uint32_t>(counter) + static_cast<std::uint32_t>(l);
-    c1[l] = static_cast<std::uint32_t>(counter >> 32);
-    c2[l] = key.step;
-    c3[l] = key.parameter;
-  }
-  std::uint32_t k0 = static_cast<std::uint32_t>(key.seed), k1 = static_cast<std::uint32_t>(key.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int l = 0; l < kLanes; ++l) {
-      const std::uint64_t p0 = std::uint64_t{c0[l]} * 0xD2511F53u, p1 = std::uint64_t{c2[l]} * 0xCD9E8D57u;
-      c0[l] = static_cast<std::uint32_t>(p1 >> 32) ^ c1[l] ^ k0;
-      c2[l] = static_cast<std::uint32_t>(p0 >> 32) ^ c3[l] ^ k1;
-      c1[l] = static_cast<std::uint32_t>(p1);
-      c3[l] = static_cast<std::uint32_t>(p0);
+// 32 random bits for each of 64 elements: Philox4x32-7 (Salmon et al. 2011). Element i of the tensor takes word
+// (i / 16) mod 4 of counter i / 64 * 16 + i mod 16, so four words of sixteen counters are 64 neighbours.
+// A word lives in the low half of a 64-bit lane: the multiplication reads it there and leaves the product's low word
+// there, and nothing looks at what is above it.
+inline void random_unit(std::int64_t first_element, const Randomness& key, std::uint32_t* __restrict out) {
+  constexpr int kWidth = sizeof(Words) / 8;
+  typedef std::uint32_t Halves __attribute__((vector_size(kWidth * 4)));
+  for (int lane = 0; lane < 16; lane += kWidth) {
+    const std::uint64_t counter = static_cast<std::uint64_t>(first_element) / 4 + static_cast<std::uint64_t>(lane);
+    Words c0, c1 = Words{} + (counter >> 32), c2 = Words{} + key.step, c3 = Words{} + key.parameter;
+    for (int l = 0; l < kWidth; ++l) c0[l] = counter + static_cast<std::uint64_t>(l);
+    std::uint32_t k0 = static_cast<std::uint32_t>(key.seed), k1 = static_cast<std::uint32_t>(key.seed >> 32);
+    for (int round = 0; round < 7; ++round) {
+      const Words p0 = low_product(c0, 0xD2511F53u), p1 = low_product(c2, 0xCD9E8D57u);
+      c0 = (p1 >> 32) ^ c1 ^ k0;
+      c2 = (p0 >> 32) ^ c3 ^ k1;
+      c1 = p1;
+      c3 = p0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  for (int unit = 0; unit < kBlock / 64; ++unit) {
-    std::memcpy(out + unit * 64, c0 + unit * 16, 64);
-    std::memcpy(out + unit * 64 + 16, c1 + unit * 16, 64);
-    std::memcpy(out + unit * 64 + 32, c2 + unit * 16, 64);
-    std::memcpy(out + unit * 64 + 48, c3 + unit * 16, 64);
+    std::uint32_t* to = out + lane;
+    for (const Words& word : {c0, c1, c2, c3}) {
+      const Halves low = __builtin_convertvector(word, Halves);
+      std::memcpy(to, &low, sizeof low);
+      to += 16;
+    }
   }
 }
 
 // bfloat16 with stochastic rounding: sixteen random bits are added below the kept ones, the carry is the rounding.
 template <int kShift>
-inline void round_block(const float* __restrict wide, const std::uint32_t* __restrict random, bfloat16* __restrict out, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) {
+inline void round_unit(const float* __restrict wide, const std::uint32_t* __restrict random, bfloat16* __restrict out) {
+  for (int i = 0; i < kUnit; ++i) {
     const std::uint32_t u = bits_from_float(wide[i]), magnitude = u & 0x7fffffffu;
     const std::uint32_t noise = magnitude < 0x7f800000u ? (random[i] >> kShift) & 0xffffu : 0u;
     const std::uint32_t quiet = magnitude > 0x7f800000u ? 0x400000u : 0u;
@@ -118,9 +111,9 @@ template <int kTop>
 inline std::int32_t code_base(std::uint32_t exponent) { return std::max<std::int32_t>(static_cast<std::int32_t>(exponent << 3) + 7 - kTop, 0); }
 
 template <int kTop, bool kSigned>
-inline void decode_block(const std::uint8_t* __restrict codes, float scale, float* __restrict wide, std::int64_t n) {
+inline void decode_block(const std::uint8_t* __restrict codes, float scale, float* __restrict wide) {
   const std::int32_t base = code_base<kTop>(bits_from_float(scale) >> 23);
-  for (std::int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < kBlock; ++i) {
     const std::int32_t code = codes[i] & kTop;
     std::uint32_t u = code != 0 ? static_cast<std::uint32_t>(code + base) << 20 : 0u;
     if (kSigned) u |= static_cast<std::uint32_t>(codes[i] & 0x80) << 24;
@@ -128,11 +121,10 @@ inline void decode_block(const std::uint8_t* __restrict codes, float scale, floa
   }
 }
 
-template <int kTop, bool kSigned, int kShift>
-inline float encode_block(const float* __restrict wide, const std::uint32_t* __restrict random, std::uint8_t* __restrict codes,
-                          std::int64_t n) {
+template <int kTop, bool kSigned>
+inline float encode_block(const float* __restrict wide, const std::uint32_t* __restrict random, std::uint8_t* __restrict codes) {
   std::uint32_t largest = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < kBlock; ++i) {
     const std::uint32_t magnitude = bits_from_float(wide[i]) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
@@ -143,14 +135,17 @@ inline float encode_block(const float* __restrict wide, const std::uint32_t* __r
   // A smaller magnitude becomes code 1 with probability magnitude / code 1. The products compared are exact.
   const std::uint32_t lowest = static_cast<std::uint32_t>(base + 1) << 20;
   const float lowest_value = float_from_bits(lowest);
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint32_t u = bits_from_float(wide[i]), magnitude = u & 0x7fffffffu, bits16 = (random[i] >> kShift) & 0xffffu;
-    std::int32_t code = static_cast<std::int32_t>((magnitude + (bits16 << 4 | 8u)) >> 20) - base;
+  for (int i = 0; i < kBlock; ++i) {
+    const std::uint32_t u = bits_from_float(wide[i]), magnitude = u & 0x7fffffffu;
+    const std::uint32_t noise = kSigned ? random[i] & 0xfffffu : random[i] >> 12;
+    std::int32_t code = static_cast<std::int32_t>((magnitude + noise) >> 20) - base;
     code = code > kTop ? kTop : code;
     if (kSigned) {
-      const float drawn = static_cast<float>(static_cast<std::int32_t>(bits16)) * lowest_value;
-      const std::int32_t small = float_from_bits(magnitude) * 65536.0f > drawn ? 1 : 0;
-      code = magnitude < lowest ? small : code;
+      // Masks, not branches: a branch around floating-point operations keeps the loop from becoming vector code.
+      const float drawn = static_cast<float>(static_cast<std::int32_t>(noise)) * lowest_value;
+      const std::int32_t small = -static_cast<std::int32_t>(magnitude < lowest);
+      const std::int32_t up = static_cast<std::int32_t>(float_from_bits(magnitude) * 1048576.0f > drawn);
+      code = (code & ~small) | (up & small);
       codes[i] = static_cast<std::uint8_t>(code | static_cast<std::int32_t>((u >> 24) & 0x80u));
     } else {
       code = code < 1 ? 1 : code;
@@ -160,40 +155,67 @@ inline float encode_block(const float* __restrict wide, const std::uint32_t* __r
   return scale;
 }
 
-template <bool kEma, bool kZero, class P>
-void run_chunk(const Item& item, std::int64_t begin, std::int64_t end) {
+// One block of narrow moments, M their type. Units of 64 elements, so that the processor overlaps the multiplications of
+// the random bits with the roots and divisions of the update.
+template <bool kEma, bool kZero, class P, class M>
+inline void run_block(const Item& item, std::int64_t first, P* __restrict p, P* __restrict g, P* __restrict e, M* __restrict narrow_m,
+                      M* __restrict narrow_v, float* scale_m, float* scale_v) {
+  alignas(64) float m[kBlock], v[kBlock];
+  alignas(64) std::uint32_t random[kBlock];
+  constexpr bool kCoded = sizeof(M) == 1;
+  if constexpr (kCoded) {
+    decode_block<127, true>(narrow_m, *scale_m, m);
+    decode_block<255, false>(narrow_v, *scale_v, v);
+  }
+  for (int at = 0; at < kBlock; at += kUnit) {
+    random_unit(first + at, item.randomness, random + at);
+    if constexpr (!kCoded)
+      for (int i = at; i < at + kUnit; ++i) { m[i] = widen(narrow_m[i]); v[i] = widen(narrow_v[i]); }
+    update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, kUnit, item.factors);
+    if constexpr (!kCoded) {
+      round_unit<0>(m + at, random + at, narrow_m + at);
+      round_unit<16>(v + at, random + at, narrow_v + at);
+    }
+  }
+  if constexpr (kCoded) {
+    *scale_m = encode_block<127, true>(m, random, narrow_m);
+    *scale_v = encode_block<255, false>(v, random, narrow_v);
+  }
+}
+
+template <bool kEma, bool kZero, class P, class M>
+void run_blocks(const Item& item, std::int64_t begin, std::int64_t end) {
   P* p = static_cast<P*>(item.param);
   P* g = static_cast<P*>(item.grad);
   P* e = static_cast<P*>(item.ema);
-  if (item.storage == Storage::float32) {
-    update<kEma, kZero, P>(p + begin, g + begin, static_cast<float*>(item.exp_avg) + begin, static_cast<float*>(item.exp_avg_sq) + begin,
-                           e + (kEma ? begin : 0), end - begin, item.factors);
-    return;
-  }
-  alignas(64) float m[kBlock], v[kBlock];
-  alignas(64) std::uint32_t random[kBlock];
-  for (std::int64_t at = begin; at < end; at += kBlock) {
-    const std::int64_t n = std::min<std::int64_t>(kBlock, end - at);
-    random_block(item.offset + at, item.randomness, random);
-    if (item.storage == Storage::bfloat16) {
-      bfloat16* narrow_m = static_cast<bfloat16*>(item.exp_avg) + at;
-      bfloat16* narrow_v = static_cast<bfloat16*>(item.exp_avg_sq) + at;
-      for (std::int64_t i = 0; i < n; ++i) { m[i] = widen(narrow_m[i]); v[i] = widen(narrow_v[i]); }
-      update<kEma, kZero, P>(p + at, g + at, m, v, e + (kEma ? at : 0), n, item.factors);
-      round_block<0>(m, random, narrow_m, n);
-      round_block<16>(v, random, narrow_v, n);
-    } else {
-      std::uint8_t* code_m = static_cast<std::uint8_t*>(item.exp_avg) + at;
-      std::uint8_t* code_v = static_cast<std::uint8_t*>(item.exp_avg_sq) + at;
-      float* scale_m = item.scales + at / kBlock;
-      float* scale_v = scale_m + (item.numel + kBlock - 1) / kBlock;
-      decode_block<127, true>(code_m, *scale_m, m, n);
-      decode_block<255, false>(code_v, *scale_v, v, n);
-      update<kEma, kZero, P>(p + at, g + at, m, v, e + (kEma ? at : 0), n, item.factors);
-      *scale_m = encode_block<127, true, 0>(m, random, code_m, n);
-      *scale_v = encode_block<255, false, 16>(v, random, code_v, n);
-    }
-  }
+  M* m = static_cast<M*>(item.exp_avg);
+  M* v = static_cast<M*>(item.exp_avg_sq);
+  const std::int64_t blocks = (item.numel + kBlock - 1) / kBlock;
+  std::int64_t at = begin;
+  for (; at + kBlock <= end; at += kBlock)
+    run_block<kEma, kZero>(item, item.offset + at, p + at, g + at, kEma ? e + at : e, m + at, v + at, item.scales + at / kBlock,
+                           item.scales + blocks + at / kBlock);
+  if (at == end) return;
+  // The last, partial block of a tensor runs padded: zeros stay zeros and take no part in a block's maximum.
+  const std::size_t n = static_cast<std::size_t>(end - at);
+  P p_pad[kBlock] = {}, g_pad[kBlock] = {}, e_pad[kBlock] = {};
+  M m_pad[kBlock] = {}, v_pad[kBlock] = {};
+  const auto move = [n](auto* to, const auto* from) { std::memcpy(to, from, n * sizeof *from); };
+  move(p_pad, p + at); move(g_pad, g + at); move(m_pad, m + at); move(v_pad, v + at);
+  if (kEma) move(e_pad, e + at);
+  run_block<kEma, kZero>(item, item.offset + at, p_pad, g_pad, e_pad, m_pad, v_pad, item.scales + at / kBlock,
+                         item.scales + blocks + at / kBlock);
+  move(p + at, p_pad); move(g + at, g_pad); move(m + at, m_pad); move(v + at, v_pad);
+  if (kEma) move(e + at, e_pad);
+}
+
+template <bool kEma, bool kZero, class P>
+void run_chunk(const Item& item, std::int64_t begin, std::int64_t end) {
+  if (item.storage == Storage::bfloat16) return run_blocks<kEma, kZero, P, bfloat16>(item, begin, end);
+  if (item.storage == Storage::int8) return run_blocks<kEma, kZero, P, std::uint8_t>(item, begin, end);
+  P* e = static_cast<P*>(item.ema);
+  update<kEma, kZero, P>(static_cast<P*>(item.param) + begin, static_cast<P*>(item.grad) + begin, static_cast<float*>(item.exp_avg) + begin,
+                         static_cast<float*>(item.exp_avg_sq) + begin, kEma ? e + begin : e, end - begin, item.factors);
 }
 
 inline void run_chunk(const Item& item, std::int64_t begin, std::int64_t end, bool zero) {
