@@ -63,10 +63,11 @@ struct Chunk {
 }  // namespace
 }  // namespace fasttrain
 
-// Per instruction set: lanes of 64 bits, and the product of their low halves with a constant.
+// Per instruction set: lanes of 64 bits, the product of their low halves with a constant, and storing these halves.
 namespace fasttrain::scalar { namespace {
 typedef std::uint64_t Words __attribute__((vector_size(16)));
 inline Words low_product(Words a, std::uint32_t b) { return (a & 0xffffffffu) * b; }
+inline void store_low(Words a, std::uint32_t* to) { for (int l = 0; l < 2; ++l) to[l] = static_cast<std::uint32_t>(a[l]); }
 #include "adamw_blocks.h"
 } }
 
@@ -78,6 +79,10 @@ typedef std::uint64_t Words __attribute__((vector_size(32)));
 inline Words low_product(Words a, std::uint32_t b) {
   return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 }
+inline void store_low(Words a, std::uint32_t* to) {
+  const __m256i even = _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(a), _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(even));
+}
 #include "adamw_blocks.h"
 } }
 #pragma GCC pop_options
@@ -88,6 +93,9 @@ namespace fasttrain::avx512 { namespace {
 typedef std::uint64_t Words __attribute__((vector_size(64)));
 inline Words low_product(Words a, std::uint32_t b) {
   return reinterpret_cast<Words>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
+}
+inline void store_low(Words a, std::uint32_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi64_epi32(reinterpret_cast<__m512i>(a)));
 }
 #include "adamw_blocks.h"
 } }

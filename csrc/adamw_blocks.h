@@ -70,7 +70,6 @@ inline void update(P* __restrict p, P* __restrict g, float* __restrict m, float*
 // there, and nothing looks at what is above it.
 inline void random_unit(std::int64_t first_element, const Randomness& key, std::uint32_t* __restrict out) {
   constexpr int kWidth = sizeof(Words) / 8;
-  typedef std::uint32_t Halves __attribute__((vector_size(kWidth * 4)));
   for (int lane = 0; lane < 16; lane += kWidth) {
     const std::uint64_t counter = static_cast<std::uint64_t>(first_element) / 4 + static_cast<std::uint64_t>(lane);
     Words c0, c1 = Words{} + (counter >> 32), c2 = Words{} + key.step, c3 = Words{} + key.parameter;
@@ -87,8 +86,7 @@ inline void random_unit(std::int64_t first_element, const Randomness& key, std::
     }
     std::uint32_t* to = out + lane;
     for (const Words& word : {c0, c1, c2, c3}) {
-      const Halves low = __builtin_convertvector(word, Halves);
-      std::memcpy(to, &low, sizeof low);
+      store_low(word, to);
       to += 16;
     }
   }
@@ -98,9 +96,10 @@ inline void random_unit(std::int64_t first_element, const Randomness& key, std::
 template <int kShift>
 inline void round_unit(const float* __restrict wide, const std::uint32_t* __restrict random, bfloat16* __restrict out) {
   for (int i = 0; i < kUnit; ++i) {
-    const std::uint32_t u = bits_from_float(wide[i]), magnitude = u & 0x7fffffffu;
-    const std::uint32_t noise = magnitude < 0x7f800000u ? (random[i] >> kShift) & 0xffffu : 0u;
-    const std::uint32_t quiet = magnitude > 0x7f800000u ? 0x400000u : 0u;
+    const std::uint32_t u = bits_from_float(wide[i]);
+    const std::int32_t magnitude = static_cast<std::int32_t>(u & 0x7fffffffu);  // AVX2 compares signed numbers only
+    const std::uint32_t noise = magnitude < 0x7f800000 ? (kShift ? random[i] >> 16 : random[i] & 0xffffu) : 0u;
+    const std::uint32_t quiet = magnitude > 0x7f800000 ? 0x400000u : 0u;
     out[i].bits = static_cast<std::uint16_t>(((u + noise) | quiet) >> 16);
   }
 }
@@ -123,28 +122,28 @@ inline void decode_block(const std::uint8_t* __restrict codes, float scale, floa
 
 template <int kTop, bool kSigned>
 inline float encode_block(const float* __restrict wide, const std::uint32_t* __restrict random, std::uint8_t* __restrict codes) {
-  std::uint32_t largest = 0;
+  std::int32_t largest = 0;
   for (int i = 0; i < kBlock; ++i) {
-    const std::uint32_t magnitude = bits_from_float(wide[i]) & 0x7fffffffu;
+    const std::int32_t magnitude = static_cast<std::int32_t>(bits_from_float(wide[i]) & 0x7fffffffu);
     largest = magnitude > largest ? magnitude : largest;
   }
-  std::uint32_t exponent = (largest + 0xfffffu) >> 23;  // of the largest once rounded up
+  std::uint32_t exponent = (static_cast<std::uint32_t>(largest) + 0xfffffu) >> 23;  // of the largest once rounded up
   if (exponent > 255) exponent = 255;
   const float scale = float_from_bits(exponent << 23);
   const std::int32_t base = code_base<kTop>(exponent);
   // A smaller magnitude becomes code 1 with probability magnitude / code 1. The products compared are exact.
-  const std::uint32_t lowest = static_cast<std::uint32_t>(base + 1) << 20;
-  const float lowest_value = float_from_bits(lowest);
+  const std::int32_t lowest = (base + 1) << 20;
+  const float lowest_value = float_from_bits(static_cast<std::uint32_t>(lowest));
   for (int i = 0; i < kBlock; ++i) {
-    const std::uint32_t u = bits_from_float(wide[i]), magnitude = u & 0x7fffffffu;
-    const std::uint32_t noise = kSigned ? random[i] & 0xfffffu : random[i] >> 12;
-    std::int32_t code = static_cast<std::int32_t>((magnitude + noise) >> 20) - base;
+    const std::uint32_t u = bits_from_float(wide[i]), noise = kSigned ? random[i] & 0xfffffu : random[i] >> 12;
+    const std::int32_t magnitude = static_cast<std::int32_t>(u & 0x7fffffffu);
+    std::int32_t code = static_cast<std::int32_t>((static_cast<std::uint32_t>(magnitude) + noise) >> 20) - base;
     code = code > kTop ? kTop : code;
     if (kSigned) {
       // Masks, not branches: a branch around floating-point operations keeps the loop from becoming vector code.
       const float drawn = static_cast<float>(static_cast<std::int32_t>(noise)) * lowest_value;
       const std::int32_t small = -static_cast<std::int32_t>(magnitude < lowest);
-      const std::int32_t up = static_cast<std::int32_t>(float_from_bits(magnitude) * 1048576.0f > drawn);
+      const std::int32_t up = static_cast<std::int32_t>(float_from_bits(static_cast<std::uint32_t>(magnitude)) * 1048576.0f > drawn);
       code = (code & ~small) | (up & small);
       codes[i] = static_cast<std::uint8_t>(code | static_cast<std::int32_t>((u >> 24) & 0x80u));
     } else {
