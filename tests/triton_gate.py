@@ -99,8 +99,10 @@ class _Argument:
 
 
 @contextlib.contextmanager
-def count_bytes() -> Iterator[Traffic]:
+def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterator[Traffic]:  # noqa: B006
     """Counts the bytes of every interpreted kernel launched inside, and checks each access.
+
+    `reachable` names tensors that a kernel finds through addresses in a table and not among its arguments.
 
     Raises (from the launch, wrapped by Triton in InterpreterError):
         MemoryFault: an access outside every tensor argument, or to the gap between two rows of a strided one; an
@@ -120,6 +122,7 @@ def count_bytes() -> Iterator[Traffic]:
         hosted = original_init(self, args, kwargs)
         named = {**dict(zip(self.arg_names, hosted[0])), **hosted[1]}
         arguments[:] = [_Argument(name, value) for name, value in named.items() if isinstance(value, torch.Tensor)]
+        arguments.extend(_Argument(name, tensor) for name, tensors in reachable.items() for tensor in tensors)
         traffic.launches.append(self.fn.__name__)
         return hosted
 
@@ -234,7 +237,7 @@ class _Instruction:
 
 
 def compile_for(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], target: str, *,
-                element_size: int, num_warps: int, aligned: bool = True, max_registers: int | None = None) -> Compiled:
+                element_size: int, num_warps: int, aligned: bool = True, max_registers: int | None = None, fp_fusion: bool = True) -> Compiled:
     """Compiles a @triton.jit function for a target of `DEVICES` and reads what came out.
 
     Args:
@@ -243,6 +246,7 @@ def compile_for(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[s
         element_size: bytes of an element of the tensor whose elements count.
         num_warps: of 32 threads; halved for a target with warps of 64, so that the threads stay the same.
         max_registers: a limit per thread, for NVIDIA targets.
+        fp_fusion: whether a multiplication and an addition may become one operation.
         aligned: pointers are 16-byte aligned and integers multiples of 16, as for a contiguous tensor of good width.
     """
     import triton
@@ -261,6 +265,8 @@ def compile_for(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[s
     options = {"num_warps": warps}
     if max_registers and device.backend == "cuda":
         options["maxnreg"] = max_registers
+    if not fp_fusion:
+        options["enable_fp_fusion"] = False
     compiled = triton.compile(source, target=GPUTarget(device.backend, device.arch, device.warp_size), options=options)
     if device.backend == "cuda":
         registers, local_bytes, instructions = _read_cubin(compiled.asm["cubin"])

@@ -41,9 +41,14 @@ class Member(NamedTuple):
 _EMPTY: dict[torch.device, Tensor] = {}
 
 
-def takes(member: Member) -> bool:
-    """Whether the kernels can walk this parameter: float32 or bfloat16, everything contiguous and of the right type."""
+def takes(member: Member, impl: str) -> bool:
+    """Whether the kernels can walk this parameter: float32 or bfloat16, everything contiguous and of the right type.
+
+    The Triton kernels have no 8-bit moments.
+    """
     p, grad, state = member.p, member.grad, member.state
+    if SCALES in state and impl == "triton":
+        return False
     types = (torch.uint8,) if SCALES in state else (torch.float32, torch.bfloat16)
     return (p.dtype in (torch.float32, torch.bfloat16) and grad.dtype == p.dtype and member.offset % BLOCK == 0
             and p.is_contiguous() and grad.is_contiguous() and state["exp_avg"].is_contiguous()
@@ -60,7 +65,9 @@ def kernel_update(namespace: str, members: list[Member], terms: list[Terms], mul
                   skip: Tensor | None, seed: int, zero_grads: bool) -> None:
     """One update of every member that `takes` accepts, all on one device."""
     device = members[0].p.device
-    empty = _EMPTY.setdefault(device, torch.empty(0, device=device))
+    if device not in _EMPTY:
+        _EMPTY[device] = torch.empty(0, device=device)
+    empty = _EMPTY[device]
     states = [member.state for member in members]
     if isinstance(multiplier, (int, float)):
         multiplier = torch.full((), multiplier, dtype=torch.float32, device=device)
@@ -83,7 +90,18 @@ def _register(namespace: str, triton_device: str) -> torch.library.Library:
     torch.library.register_fake(f"{namespace}::adamw_norm", lambda grads: grads[0].new_empty((), dtype=torch.float32),
                                 lib=library)
     torch.library.register_fake(f"{namespace}::adamw_update", lambda *arguments: None, lib=library)
+    for name in ("adamw_norm", "adamw_update"):
+        library.impl(name, _launcher(name), triton_device)
     return library
+
+
+def _launcher(name: str) -> Any:
+    def launch(*arguments: Any) -> Any:
+        from ..kernels import adamw as kernels  # triton is imported by the first call that needs it
+
+        return getattr(kernels, name)(*arguments)
+
+    return launch
 
 
 # The CPU kernels of namespace `fasttrain` are the extension's.

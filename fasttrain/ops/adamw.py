@@ -27,7 +27,7 @@ from ._dispatch import IMPLEMENTATIONS, Impl, resolve
 
 __all__ = ["AdamW", "Shard", "Terms", "adamw_reference", "global_norm", "round_stochastically"]
 
-IMPLEMENTATIONS["adamw"] = ("reference", "cpp")
+IMPLEMENTATIONS["adamw"] = ("reference", "cpp", "triton")
 
 _STATE_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -233,7 +233,7 @@ class AdamW(Optimizer):
             device = member.p.device
             if device not in chosen:
                 chosen[device] = resolve("adamw", self.impl, member.p)
-            if chosen[device] != "reference" and takes(member):
+            if chosen[device] != "reference" and takes(member, chosen[device]):
                 interpreted = chosen[device] == "triton" and device.type == "cpu"
                 namespace = "fasttrain_interpreted" if interpreted else "fasttrain"
                 compiled.setdefault((namespace, device), []).append(member)

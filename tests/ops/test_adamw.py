@@ -317,7 +317,7 @@ def _sparse() -> None:
     ("max_grad_norm is 0", lambda: AdamW(make_parameters(), max_grad_norm=0)),
     ("ema_decay is 1", lambda: AdamW(make_parameters(), ema_decay=1.0)),
     ("state_dtype is 'int4'", lambda: AdamW(make_parameters(), state_dtype="int4")),
-    ("no triton implementation", lambda: AdamW(make_parameters(), impl="triton")),
+    ("triton runs on CUDA tensors, not on cpu", lambda: AdamW(make_parameters(), impl="triton")),
     ("sparse gradient", _sparse),
 ])
 def test_what_it_cannot_do_is_refused_by_name(match: str, make: Callable[[], Any]) -> None:
