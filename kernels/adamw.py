@@ -23,6 +23,8 @@ from .cross_entropy import _store
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024
+NARROW_BLOCK = 4096
+"""Elements of a program; with bfloat16 moments, four parts in which a thread has eight neighbours, 128 bits of moment."""
 NUM_WARPS = 4
 ALIGNMENT = 16
 """Tensors whose addresses and sizes are multiples of this are read 128 bits at a time; others go in a second launch."""
@@ -67,24 +69,24 @@ def _round_up_or_down(wide, noise):
 
 
 @triton.jit
-def _random(row, offsets, step):
-    # One Philox a lane, and the lane's word of its four: the words of one counter lie 16 elements apart, and moving them
-    # between threads would cost more than computing them again (memory stays the bottleneck).
-    element = tl.load(row + 7) + offsets
-    counter = ((element // 64) * 16 + element % 16).to(tl.uint64)
-    zero = tl.zeros(offsets.shape, tl.uint32)
-    c0, c1, c2, c3 = philox_impl((counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32),
-                                 zero + step.to(tl.uint32), zero + tl.load(row + 8).to(tl.uint32),
-                                 tl.load(row + 9).to(tl.uint32), tl.load(row + 10).to(tl.uint32), 7)
-    word = (element // 16) % 4
-    return tl.where(word < 2, tl.where(word == 0, c0, c1), tl.where(word == 2, c2, c3))
+def _random(row, units, step):
+    # Four words of 32 bits for each (unit, lane): Philox4x32-7 of the counter unit * 16 + lane.
+    counter = units * 16 + tl.arange(0, 16)[None, :]
+    zero = tl.zeros(counter.shape, tl.uint32)
+    return philox_impl((counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32),
+                       zero + step.to(tl.uint32), zero + tl.load(row + 8).to(tl.uint32),
+                       tl.load(row + 9).to(tl.uint32), tl.load(row + 10).to(tl.uint32), 7)
 
 
 @triton.jit
 def _update_kernel(table, factors, blocks, multiplier, skip, BLOCK: tl.constexpr, TYPE: tl.constexpr,
                    MOMENT: tl.constexpr, ALIGNED: tl.constexpr, WITH_EMA: tl.constexpr, ZERO: tl.constexpr,
                    SOFTWARE_BF16: tl.constexpr):
-    """One block of one parameter: the formula of fasttrain/ops/adamw.py."""
+    """One block of one parameter: the formula of fasttrain/ops/adamw.py.
+
+    With narrow moments the block is four parts of (units, 16), part w the elements that word w of a counter is for.
+    """
+    NARROW: tl.constexpr = MOMENT == tl.bfloat16
     index = tl.program_id(0)
     tensor = tl.load(blocks + 2 * index)
     chunk = tl.load(blocks + 2 * index + 1)
@@ -92,48 +94,52 @@ def _update_kernel(table, factors, blocks, multiplier, skip, BLOCK: tl.constexpr
     numel = tl.load(row + 6)
     if ALIGNED:
         numel = tl.multiple_of(numel, 16)
-    offsets = chunk * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    grad_at = _address(row, 1, TYPE, ALIGNED) + offsets
-    if tl.load(skip) != 0.0:
-        if ZERO:
-            tl.store(grad_at, tl.zeros([BLOCK], TYPE), mask=inside)
+    skipped = tl.load(skip) != 0.0
+    if skipped and not ZERO:
         return
-
-    param_at = _address(row, 0, TYPE, ALIGNED) + offsets
-    m_at = _address(row, 2, MOMENT, ALIGNED) + offsets
-    v_at = _address(row, 3, MOMENT, ALIGNED) + offsets
-    param = tl.load(param_at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_at, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(m_at, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_at, mask=inside, other=0.0).to(tl.float32)
+    param_at = _address(row, 0, TYPE, ALIGNED)
+    grad_at = _address(row, 1, TYPE, ALIGNED)
+    m_at = _address(row, 2, MOMENT, ALIGNED)
+    v_at = _address(row, 3, MOMENT, ALIGNED)
     f = factors + tensor * FACTORS
     step = tl.load(f + 9)
-
-    grad = grad * (tl.load(multiplier) * tl.load(f + 8))
-    m = m + (grad - m) * tl.load(f + 1)
-    v = v * tl.load(f + 2) + (grad * grad) * tl.load(f + 3)
-    denominator = tl.sqrt_rn(v) * tl.load(f + 6) + tl.load(f + 4)
-    param = param * tl.load(f) - tl.div_rn(m, denominator) * tl.load(f + 5)
-
-    _store(param_at, param, inside, SOFTWARE_BF16)
-    if MOMENT == tl.bfloat16:
-        random = _random(row, offsets, step)
-        tl.store(m_at, _round_up_or_down(m, random & 0xFFFF), mask=inside)
-        tl.store(v_at, _round_up_or_down(v, random >> 16), mask=inside)
+    scale = tl.load(multiplier) * tl.load(f + 8)
+    if NARROW:
+        units = tl.arange(0, BLOCK // 64)[:, None]
+        first = units * 64 + tl.arange(0, 16)[None, :]
+        words = _random(row, tl.load(row + 7) // 64 + chunk * (BLOCK // 64) + units, step)
     else:
-        tl.store(m_at, m, mask=inside)
-        tl.store(v_at, v, mask=inside)
-    if WITH_EMA:
-        ema_at = _address(row, 4, TYPE, ALIGNED) + offsets
-        ema = tl.load(ema_at, mask=inside, other=0.0).to(tl.float32)
-        if TYPE == tl.bfloat16:  # the average is that of the parameter as it is stored
-            bits = param.to(tl.uint32, bitcast=True)
-            param = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        _store(ema_at, ema + (param - ema) * tl.load(f + 7), inside, SOFTWARE_BF16)
-    if ZERO:
-        tl.store(grad_at, tl.zeros([BLOCK], TYPE), mask=inside)
-    if chunk == 0:
+        first = tl.arange(0, BLOCK)
+        words = (0,)
+    for part in tl.static_range(4 if NARROW else 1):
+        at = chunk * BLOCK + part * 16 + first
+        inside = at < numel
+        if not skipped:
+            param = tl.load(param_at + at, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load(grad_at + at, mask=inside, other=0.0).to(tl.float32) * scale
+            m = tl.load(m_at + at, mask=inside, other=0.0).to(tl.float32)
+            v = tl.load(v_at + at, mask=inside, other=0.0).to(tl.float32)
+            m = m + (grad - m) * tl.load(f + 1)
+            v = v * tl.load(f + 2) + (grad * grad) * tl.load(f + 3)
+            denominator = tl.sqrt_rn(v) * tl.load(f + 6) + tl.load(f + 4)
+            param = param * tl.load(f) - tl.div_rn(m, denominator) * tl.load(f + 5)
+            _store(param_at + at, param, inside, SOFTWARE_BF16)
+            if NARROW:
+                tl.store(m_at + at, _round_up_or_down(m, words[part] & 0xFFFF), mask=inside)
+                tl.store(v_at + at, _round_up_or_down(v, words[part] >> 16), mask=inside)
+            else:
+                tl.store(m_at + at, m, mask=inside)
+                tl.store(v_at + at, v, mask=inside)
+            if WITH_EMA:
+                ema_at = _address(row, 4, TYPE, ALIGNED) + at
+                ema = tl.load(ema_at, mask=inside, other=0.0).to(tl.float32)
+                if TYPE == tl.bfloat16:  # the average is that of the parameter as it is stored
+                    bits = param.to(tl.uint32, bitcast=True)
+                    param = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+                _store(ema_at, ema + (param - ema) * tl.load(f + 7), inside, SOFTWARE_BF16)
+        if ZERO:
+            tl.store(grad_at + at, tl.zeros(at.shape, TYPE), mask=inside)
+    if (chunk == 0) & (not skipped):
         tl.store(_address(row, 5, tl.float32, False), step)
 
 
@@ -145,7 +151,7 @@ def adamw_norm(grads: Sequence[Tensor]) -> Tensor:
     for (dtype, aligned), members in _kinds([(grad.dtype, _aligned(grad)) for grad in grads]).items():
         mine = [grads[i] for i in members]
         table = _on_device(tuple(x for grad in mine for x in (grad.data_ptr(), grad.numel())), device)
-        blocks = _blocks(tuple(grad.numel() for grad in mine), device)
+        blocks = _blocks(tuple(grad.numel() for grad in mine), BLOCK, device)
         partial = torch.empty(blocks.numel() // 2, dtype=torch.float32, device=device)
         if partial.numel():
             _norm_kernel[(partial.numel(),)](table, blocks, partial, BLOCK=BLOCK, TYPE=_TYPES[dtype], ALIGNED=aligned,
@@ -173,16 +179,21 @@ def adamw_update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Se
         rows = [(params[i].data_ptr(), grads[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(),
                  emas[i].data_ptr() if emas else 0, steps[i].data_ptr(), params[i].numel(), offsets[i], numbers[i], *seed_words)
                 for i in members]
-        blocks = _blocks(tuple(row[6] for row in rows), device)
+        block = block_of(moment)
+        blocks = _blocks(tuple(row[6] for row in rows), block, device)
         mine = factors if len(members) == len(params) else factors[_on_device(tuple(members), device)]
         _update_kernel[(blocks.numel() // 2,)](
             _on_device(tuple(x for row in rows for x in row), device), mine, blocks,
-            one if multiplier is None else multiplier, zero if skip is None else skip, BLOCK=BLOCK, TYPE=_TYPES[dtype],
+            one if multiplier is None else multiplier, zero if skip is None else skip, BLOCK=block, TYPE=_TYPES[dtype],
             MOMENT=_TYPES[moment], ALIGNED=aligned, WITH_EMA=bool(emas), ZERO=zero_grads,
             SOFTWARE_BF16=INTERPRETED and dtype == torch.bfloat16, num_warps=NUM_WARPS, **_exact())
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+
+def block_of(moment: torch.dtype) -> int:
+    return NARROW_BLOCK if moment == torch.bfloat16 else BLOCK
 
 
 def _exact() -> dict[str, bool]:
@@ -214,9 +225,9 @@ def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _blocks(numels: tuple[int, ...], device: torch.device) -> Tensor:
+def _blocks(numels: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """(blocks, 2) int64: tensor and number of the block in it."""
-    counts = torch.tensor([-(-numel // BLOCK) or 1 for numel in numels])  # an empty tensor still counts its steps
+    counts = torch.tensor([-(-numel // block) or 1 for numel in numels])  # an empty tensor still counts its steps
     tensor = torch.arange(len(numels)).repeat_interleave(counts)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     return torch.stack([tensor, torch.arange(int(counts.sum())) - first], dim=1).to(device)
