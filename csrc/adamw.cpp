@@ -24,6 +24,9 @@
 #include "half_types.h"
 #include "isa.h"
 
+// What runs once for each 64 elements: a call costs its constants anew.
+#define FASTTRAIN_INLINE inline __attribute__((always_inline))
+
 namespace fasttrain {
 namespace {
 
@@ -66,7 +69,13 @@ struct Chunk {
 // Per instruction set: lanes of 64 bits, the product of their low halves with a constant, and storing these halves.
 namespace fasttrain::scalar { namespace {
 typedef std::uint64_t Words __attribute__((vector_size(16)));
+#if defined(__SSE2__)
+inline Words low_product(Words a, std::uint32_t b) {
+  return reinterpret_cast<Words>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(b)));
+}
+#else
 inline Words low_product(Words a, std::uint32_t b) { return (a & 0xffffffffu) * b; }
+#endif
 inline void store_low(Words a, std::uint32_t* to) { for (int l = 0; l < 2; ++l) to[l] = static_cast<std::uint32_t>(a[l]); }
 #include "adamw_blocks.h"
 } }

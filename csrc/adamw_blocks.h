@@ -46,7 +46,7 @@ double sum_of_squares(const T* x, std::int64_t n) {
 
 // The formula. `kEma` and `kZero` are compiled in: an element costs a few instructions, so a test would show.
 template <bool kEma, bool kZero, class P>
-inline void update(P* __restrict p, P* __restrict g, float* __restrict m, float* __restrict v, P* __restrict e, std::int64_t n,
+FASTTRAIN_INLINE void update(P* __restrict p, P* __restrict g, float* __restrict m, float* __restrict v, P* __restrict e, std::int64_t n,
                    const Factors& f) {
   const float multiplier = f.multiplier, decay = f.decay, weight1 = f.weight1, beta2 = f.beta2, weight2 = f.weight2, eps = f.eps,
               step_size = f.step_size, inverse_root2 = f.inverse_root2, ema_weight = f.ema_weight;
@@ -68,21 +68,30 @@ inline void update(P* __restrict p, P* __restrict g, float* __restrict m, float*
 // (i / 16) mod 4 of counter i / 64 * 16 + i mod 16, so four words of sixteen counters are 64 neighbours.
 // A word lives in the low half of a 64-bit lane: the multiplication reads it there and leaves the product's low word
 // there, and nothing looks at what is above it.
-inline void random_unit(std::int64_t first_element, const Randomness& key, std::uint32_t* __restrict out) {
-  constexpr int kWidth = sizeof(Words) / 8;
-  for (int lane = 0; lane < 16; lane += kWidth) {
+struct Philox {
+  static constexpr int kRounds = 7, kWidth = sizeof(Words) / 8;
+  Words key0[kRounds], key1[kRounds], lane, step, parameter;
+  explicit Philox(const Randomness& key) {
+    for (int round = 0; round < kRounds; ++round) {
+      key0[round] = Words{} + static_cast<std::uint32_t>(static_cast<std::uint32_t>(key.seed) + 0x9E3779B9u * static_cast<std::uint32_t>(round));
+      key1[round] = Words{} + static_cast<std::uint32_t>(static_cast<std::uint32_t>(key.seed >> 32) + 0xBB67AE85u * static_cast<std::uint32_t>(round));
+    }
+    for (int l = 0; l < kWidth; ++l) lane[l] = static_cast<std::uint64_t>(l);
+    step = Words{} + key.step;
+    parameter = Words{} + key.parameter;
+  }
+};
+
+FASTTRAIN_INLINE void random_unit(const Philox& philox, std::int64_t first_element, std::uint32_t* __restrict out) {
+  for (int lane = 0; lane < 16; lane += Philox::kWidth) {
     const std::uint64_t counter = static_cast<std::uint64_t>(first_element) / 4 + static_cast<std::uint64_t>(lane);
-    Words c0, c1 = Words{} + (counter >> 32), c2 = Words{} + key.step, c3 = Words{} + key.parameter;
-    for (int l = 0; l < kWidth; ++l) c0[l] = counter + static_cast<std::uint64_t>(l);
-    std::uint32_t k0 = static_cast<std::uint32_t>(key.seed), k1 = static_cast<std::uint32_t>(key.seed >> 32);
-    for (int round = 0; round < 7; ++round) {
+    Words c0 = philox.lane + counter, c1 = Words{} + (counter >> 32), c2 = philox.step, c3 = philox.parameter;
+    for (int round = 0; round < Philox::kRounds; ++round) {
       const Words p0 = low_product(c0, 0xD2511F53u), p1 = low_product(c2, 0xCD9E8D57u);
-      c0 = (p1 >> 32) ^ c1 ^ k0;
-      c2 = (p0 >> 32) ^ c3 ^ k1;
+      c0 = (p1 >> 32) ^ c1 ^ philox.key0[round];
+      c2 = (p0 >> 32) ^ c3 ^ philox.key1[round];
       c1 = p1;
       c3 = p0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
     }
     std::uint32_t* to = out + lane;
     for (const Words& word : {c0, c1, c2, c3}) {
@@ -157,7 +166,7 @@ inline float encode_block(const float* __restrict wide, const std::uint32_t* __r
 // One block of narrow moments, M their type. Units of 64 elements, so that the processor overlaps the multiplications of
 // the random bits with the roots and divisions of the update.
 template <bool kEma, bool kZero, class P, class M>
-inline void run_block(const Item& item, std::int64_t first, P* __restrict p, P* __restrict g, P* __restrict e, M* __restrict narrow_m,
+inline void run_block(const Item& item, const Philox& philox, std::int64_t first, P* __restrict p, P* __restrict g, P* __restrict e, M* __restrict narrow_m,
                       M* __restrict narrow_v, float* scale_m, float* scale_v) {
   alignas(64) float m[kBlock], v[kBlock];
   alignas(64) std::uint32_t random[kBlock];
@@ -167,7 +176,7 @@ inline void run_block(const Item& item, std::int64_t first, P* __restrict p, P* 
     decode_block<255, false>(narrow_v, *scale_v, v);
   }
   for (int at = 0; at < kBlock; at += kUnit) {
-    random_unit(first + at, item.randomness, random + at);
+    random_unit(philox, first + at, random + at);
     if constexpr (!kCoded)
       for (int i = at; i < at + kUnit; ++i) { m[i] = widen(narrow_m[i]); v[i] = widen(narrow_v[i]); }
     update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, kUnit, item.factors);
@@ -190,9 +199,10 @@ void run_blocks(const Item& item, std::int64_t begin, std::int64_t end) {
   M* m = static_cast<M*>(item.exp_avg);
   M* v = static_cast<M*>(item.exp_avg_sq);
   const std::int64_t blocks = (item.numel + kBlock - 1) / kBlock;
+  const Philox philox(item.randomness);
   std::int64_t at = begin;
   for (; at + kBlock <= end; at += kBlock)
-    run_block<kEma, kZero>(item, item.offset + at, p + at, g + at, kEma ? e + at : e, m + at, v + at, item.scales + at / kBlock,
+    run_block<kEma, kZero>(item, philox, item.offset + at, p + at, g + at, kEma ? e + at : e, m + at, v + at, item.scales + at / kBlock,
                            item.scales + blocks + at / kBlock);
   if (at == end) return;
   // The last, partial block of a tensor runs padded: zeros stay zeros and take no part in a block's maximum.
@@ -202,7 +212,7 @@ void run_blocks(const Item& item, std::int64_t begin, std::int64_t end) {
   const auto move = [n](auto* to, const auto* from) { std::memcpy(to, from, n * sizeof *from); };
   move(p_pad, p + at); move(g_pad, g + at); move(m_pad, m + at); move(v_pad, v + at);
   if (kEma) move(e_pad, e + at);
-  run_block<kEma, kZero>(item, item.offset + at, p_pad, g_pad, e_pad, m_pad, v_pad, item.scales + at / kBlock,
+  run_block<kEma, kZero>(item, philox, item.offset + at, p_pad, g_pad, e_pad, m_pad, v_pad, item.scales + at / kBlock,
                          item.scales + blocks + at / kBlock);
   move(p + at, p_pad); move(g + at, g_pad); move(m + at, m_pad); move(v + at, v_pad);
   if (kEma) move(e + at, e_pad);
