@@ -51,9 +51,20 @@ def extension_arguments() -> dict:
 
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h"))
-    flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+    flags = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-fno-math-errno",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-maybe-uninitialized",
+    ]
     extension = CppExtension(
-        name="fasttrain._C", sources=sources, depends=headers,
+        name="fasttrain._C",
+        sources=sources,
+        depends=headers,
         # Target 2.10: one build serves every later torch. BuildExtension reads MAX_JOBS.
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)],
         extra_compile_args={"cxx": flags + (["-march=native"] if NATIVE else [])},
@@ -63,8 +74,10 @@ def extension_arguments() -> dict:
 
 
 def announce(reason: str) -> None:
-    print(f"fasttrain: installing WITHOUT the compiled extension: {reason}. "
-          "FASTTRAIN_BUILD=require makes this an error.", file=sys.stderr)
+    print(
+        f"fasttrain: installing WITHOUT the compiled extension: {reason}. FASTTRAIN_BUILD=require makes this an error.",
+        file=sys.stderr,
+    )
 
 
 reason = "FASTTRAIN_BUILD=off" if MODE == "off" else missing()

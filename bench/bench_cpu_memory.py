@@ -38,7 +38,8 @@ for step in range(steps):
     times.append((time.perf_counter() - start) * 1e3)
     losses.append(loss.item())
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-print(json.dumps({"times": times[2:], "faults": faults, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "losses": losses}))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"times": times[2:], "faults": faults, "peak_mib": peak, "losses": losses}))
 """
 POLICIES = ("as is", "kept", "kept, huge pages")
 
@@ -62,5 +63,15 @@ def test_cpu_memory_policy(benchmark: Any) -> None:
     for policy, (p20, p50, p80) in medians.items():
         faults = runs[policy][-1]["faults"]
         label = "fasttrain" if policy == "kept, huge pages" else policy
-        ROWS.append(Row("training step by memory policy (peak is the whole process)", f"{faults:,} page faults a step, {torch.get_num_threads()} threads",
-                        label, p20, p50, p80, p50 / ours, max(run["peak_mib"] for run in runs[policy])))
+        ROWS.append(
+            Row(
+                "training step by memory policy (peak is the whole process)",
+                f"{faults:,} page faults a step, {torch.get_num_threads()} threads",
+                label,
+                p20,
+                p50,
+                p80,
+                p50 / ours,
+                max(run["peak_mib"] for run in runs[policy]),
+            )
+        )

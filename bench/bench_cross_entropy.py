@@ -19,7 +19,7 @@ SIZES = [(256, 4096), (1024, 50304), (512, 128256)]
 
 @pytest.fixture(params=["default allocator", "kept memory"])
 def allocator(request: pytest.FixtureRequest) -> Iterator[str]:
-    """PyTorch's page faults are most of its time, so both policies are shown. Runs in this order: undoing is not exact."""
+    """Page faults are most of PyTorch's time, so both policies are shown, in this order: undoing is not exact."""
     if request.param == "default allocator":
         yield request.param
         return
@@ -59,7 +59,9 @@ def test_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, int], dt
         compiled = torch.compile(F.cross_entropy)
         others["torch.compile"] = lambda: step(compiled)
     label = f"N={N} V={V} {str(dtype).removeprefix('torch.')}, {allocator if DEVICE == 'cpu' else DEVICE}"
-    compare(benchmark, "cross_entropy forward + backward", label, lambda: step(ops.cross_entropy), others, prepare=clear)
+    compare(
+        benchmark, "cross_entropy forward + backward", label, lambda: step(ops.cross_entropy), others, prepare=clear
+    )
 
 
 def check(logits: torch.Tensor, targets: torch.Tensor, step: Any, clear: Any) -> None:
@@ -71,4 +73,6 @@ def check(logits: torch.Tensor, targets: torch.Tensor, step: Any, clear: Any) ->
     expected = F.cross_entropy(leaf, targets)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, leaf.grad.to(logits.dtype), rtol=2e-2 if logits.dtype == torch.bfloat16 else 1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        gradient, leaf.grad.to(logits.dtype), rtol=2e-2 if logits.dtype == torch.bfloat16 else 1e-4, atol=1e-8
+    )

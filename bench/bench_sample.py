@@ -1,4 +1,4 @@
-"""One draw per row: PyTorch's sort, topk and multinomial pipelines, fasttrain, and one read of the logits as the floor."""
+"""One draw per row: PyTorch's sort, topk and multinomial pipelines, fasttrain, and one read of the logits as floor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from bench.common import compare
 from fasttrain import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FILTERS: dict[str, dict[str, Any]] = {"no truncation": {}, "top-k 50 top-p 0.9": {"top_k": 50, "top_p": 0.9}, "top-p 0.9": {"top_p": 0.9}, "argmax": {"temperature": 0.0}}
+FILTERS: dict[str, dict[str, Any]] = {
+    "no truncation": {},
+    "top-k 50 top-p 0.9": {"top_k": 50, "top_p": 0.9},
+    "top-p 0.9": {"top_p": 0.9},
+    "argmax": {"temperature": 0.0},
+}
 
 
 def pipeline(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -52,8 +57,12 @@ def test_sample(benchmark: Any, size: tuple[int, int], name: str) -> None:
 
         return run
 
-    others = {"floor: one read": timed(lambda: logits.amax(1)), "PyTorch pipeline": timed(lambda: pipeline(**options)(logits))}
-    compare(benchmark, f"sample, {name}", f"B={B} V={V}, {DEVICE}", timed(lambda: ops.sample(logits, seed=1, **options)), others)
+    others = {
+        "floor: one read": timed(lambda: logits.amax(1)),
+        "PyTorch pipeline": timed(lambda: pipeline(**options)(logits)),
+    }
+    ours = timed(lambda: ops.sample(logits, seed=1, **options))
+    compare(benchmark, f"sample, {name}", f"B={B} V={V}, {DEVICE}", ours, others)
 
 
 def check(logits: Tensor, options: dict[str, Any]) -> None:

@@ -41,8 +41,16 @@ class Row:
 ROWS: list[Row] = []
 
 
-def compare(benchmark: Any, name: str, size: str, ours: Callable[[], Any], others: Mapping[str, Callable[[], Any]], *, rounds: int = 9,
-            prepare: Callable[[], Any] = lambda: None) -> dict[str, Row]:
+def compare(
+    benchmark: Any,
+    name: str,
+    size: str,
+    ours: Callable[[], Any],
+    others: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 9,
+    prepare: Callable[[], Any] = lambda: None,
+) -> dict[str, Row]:
     """Times `ours` and the `others` in `rounds` interleaved rounds and records a row for each.
 
     `prepare` runs before every measured call, outside its time. Returns the rows by contender name.
@@ -101,22 +109,41 @@ def status_kib(key: str) -> int:
 
 def environment() -> dict[str, str]:
     """What a reader needs to repeat a figure."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
+    ).stdout.strip()
     from fasttrain.backend import instruction_set
 
-    return {"date": datetime.date.today().isoformat(), "commit": commit or "unknown", "cpu": cpu, "threads": str(torch.get_num_threads()),
-            "isa": instruction_set(), "torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or "unknown",
+        "cpu": cpu,
+        "threads": str(torch.get_num_threads()),
+        "isa": instruction_set(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
 
 
 def markdown(rows: list[Row]) -> str:
     """One table per benchmark; the contender that is fasttrain in bold."""
     lines = []
     for name in dict.fromkeys(row.benchmark for row in rows):
-        lines += ["", f"### {name}", "", "| size | contender | p20 / p50 / p80 ms | x fasttrain | peak MiB |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"### {name}",
+            "",
+            "| size | contender | p20 / p50 / p80 ms | x fasttrain | peak MiB |",
+            "|---|---|---|---|---|",
+        ]
         for row in (row for row in rows if row.benchmark == name):
             label = f"**{row.contender}**" if row.contender == "fasttrain" else row.contender
-            lines.append(f"| {row.size} | {label} | {row.p20_ms:.2f} / {row.p50_ms:.2f} / {row.p80_ms:.2f} | {row.times_ours:.2f} | {row.peak_mib:.0f} |")
+            times = f"{row.p20_ms:.2f} / {row.p50_ms:.2f} / {row.p80_ms:.2f}"
+            lines.append(f"| {row.size} | {label} | {times} | {row.times_ours:.2f} | {row.peak_mib:.0f} |")
     return "\n".join(lines)
 
 

@@ -39,7 +39,16 @@ class Variant:
 
     @property
     def name(self) -> str:
-        terms = [term for term, on in (("ls", self.smoothed), ("z", self.z_loss), ("cap", self.softcapped), ("odd", not self.aligned)) if on]
+        terms = [
+            term
+            for term, on in (
+                ("ls", self.smoothed),
+                ("z", self.z_loss),
+                ("cap", self.softcapped),
+                ("odd", not self.aligned),
+            )
+            if on
+        ]
         return " ".join([self.entry, self.dtype, str(self.num_classes), *terms])
 
     @property
@@ -52,18 +61,28 @@ class Variant:
     def _one_load_shape(self) -> Any:
         from fasttrain.kernels import cross_entropy as kernels
 
-        return kernels.one_load_shape(self.num_classes, ELEMENT_SIZES[self.dtype], aligned=self.aligned,
-                                      smoothed=self.smoothed, softcapped=self.softcapped)
+        return kernels.one_load_shape(
+            self.num_classes,
+            ELEMENT_SIZES[self.dtype],
+            aligned=self.aligned,
+            smoothed=self.smoothed,
+            softcapped=self.softcapped,
+        )
 
     def compile(self, target: str) -> Compiled:
         """The kernel that the launcher would run, with the launcher's own shape."""
         from fasttrain.kernels import cross_entropy as kernels
 
         size = ELEMENT_SIZES[self.dtype]
-        constexprs: dict[str, Any] = {"V": self.num_classes, "SMOOTHED": self.smoothed, "Z_LOSS": self.z_loss,
-                                      "SOFTCAPPED": self.softcapped, "SOFTWARE_BF16": False}
+        constexprs: dict[str, Any] = {
+            "V": self.num_classes,
+            "SMOOTHED": self.smoothed,
+            "Z_LOSS": self.z_loss,
+            "SOFTCAPPED": self.softcapped,
+            "SOFTWARE_BF16": False,
+        }
         one_load = self._one_load_shape() if self.entry == "fused" else None
-        shape = one_load or kernels.streaming_shape(self.num_classes, size)
+        shape = one_load or kernels.streaming_shape(self.num_classes, size, aligned=self.aligned)
         if self.entry == "backward":
             kernel = kernels._backward_kernel
         else:
@@ -74,20 +93,47 @@ class Variant:
                 if self.entry == "forward":
                     constexprs |= {"scale": None, "grads": None}
         options = kernels._options(shape, one_load is not None)
-        signature = {"logits": f"*{self.dtype}", "grads": f"*{self.dtype}", "targets": "*i64", "scale": "*fp32",
-                     "losses": "*fp32", "lses": "*fp32", "grad_losses": "*fp32", "logits_stride": "i64",
-                     "grad_losses_stride": "i32", "ignore_index": "i32", "label_smoothing": "fp32", "z_loss": "fp32",
-                     "softcap": "fp32"}
-        return compile_for(kernel, signature, constexprs | {"BLOCK": shape.block}, target, element_size=size,
-                           num_warps=options["num_warps"], max_registers=options.get("maxnreg"), aligned=self.aligned)
+        signature = {
+            "logits": f"*{self.dtype}",
+            "grads": f"*{self.dtype}",
+            "targets": "*i64",
+            "scale": "*fp32",
+            "losses": "*fp32",
+            "lses": "*fp32",
+            "grad_losses": "*fp32",
+            "logits_stride": "i64",
+            "grad_losses_stride": "i32",
+            "ignore_index": "i32",
+            "label_smoothing": "fp32",
+            "z_loss": "fp32",
+            "softcap": "fp32",
+        }
+        return compile_for(
+            kernel,
+            signature,
+            constexprs | {"BLOCK": shape.block},
+            target,
+            element_size=size,
+            num_warps=options["num_warps"],
+            max_registers=options.get("maxnreg"),
+            aligned=self.aligned,
+        )
 
 
 VARIANTS = [
-    Variant("fused", "bf16", 32000), Variant("fused", "bf16", 50304), Variant("fused", "bf16", 65536),
-    Variant("fused", "bf16", 128256), Variant("fused", "fp32", 32000), Variant("fused", "fp32", 50304),
-    Variant("fused", "bf16", 32000, softcapped=True), Variant("fused", "bf16", 50257, aligned=False),
-    Variant("forward", "bf16", 50304), Variant("backward", "bf16", 50304),
+    Variant("fused", "bf16", 32000),
+    Variant("fused", "bf16", 50304),
+    Variant("fused", "bf16", 65536),
+    Variant("fused", "bf16", 128256),
+    Variant("fused", "fp32", 32000),
+    Variant("fused", "fp32", 50304),
+    Variant("fused", "bf16", 32000, softcapped=True),
+    Variant("fused", "bf16", 50257, aligned=False),
+    Variant("forward", "bf16", 50304),
+    Variant("backward", "bf16", 50304),
 ]
+
+LIGER_ROWS = [("bf16", 50304), ("bf16", 128256)]
 
 
 def count_variant(variant: Variant) -> float:
@@ -100,8 +146,12 @@ def count_variant(variant: Variant) -> float:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[variant.dtype]
     logits = torch.randn(ROWS_COUNTED, variant.num_classes).to(dtype)
     targets = torch.randint(0, variant.num_classes, (ROWS_COUNTED,))
-    terms = {"ignore_index": -100, "label_smoothing": 0.1 * variant.smoothed, "z_loss": 1e-4 * variant.z_loss,
-             "softcap": 30.0 * variant.softcapped}
+    terms = {
+        "ignore_index": -100,
+        "label_smoothing": 0.1 * variant.smoothed,
+        "z_loss": 1e-4 * variant.z_loss,
+        "softcap": 30.0 * variant.softcapped,
+    }
     lse = torch.logsumexp(logits.float(), 1)
     with count_bytes() as traffic:
         if variant.entry == "fused":
@@ -116,11 +166,15 @@ def count_variant(variant: Variant) -> float:
 def count_liger(dtype: str, num_classes: int) -> float:
     """The same count for liger-kernel's forward and backward."""
     import torch
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction  # type: ignore[import-untyped]
 
     from tests.triton_gate import count_bytes
 
-    logits = torch.randn(ROWS_COUNTED, num_classes).to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]).requires_grad_()
+    logits = (
+        torch.randn(ROWS_COUNTED, num_classes)
+        .to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+        .requires_grad_()
+    )
     targets = torch.randint(0, num_classes, (ROWS_COUNTED,))
     with count_bytes() as traffic:
         output = LigerCrossEntropyFunction.apply(logits, targets, None, -100, 0.0, 0.0, "mean", None, False)
@@ -133,42 +187,75 @@ def compile_liger(dtype: str, num_classes: int, target: str) -> Compiled:
     import triton
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel as kernel
 
+    pointers = {"X_ptr": f"*{dtype}", "Y_ptr": "*i64", "loss_ptr": f"*{dtype}"}
+    floats = ("n_non_ignore", "sum_non_ignore_weight", "weight_sum", "softcap")
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    for name in kernel.arg_names:
+        if name in pointers:
+            signature[name] = pointers[name]
+        elif name.endswith("_ptr"):
+            constexprs[name] = None
+        elif name.isupper():
+            constexprs[name] = name == "HAS_GRADIENTS"
+        elif name not in ("reduction", "lse_square_scale", "label_smoothing"):
+            signature[name] = "fp32" if name in floats else "i32"
     block = min(32768, triton.next_power_of_2(num_classes))
-    signature = {name: "i32" for name in kernel.arg_names}
-    signature |= {"X_ptr": f"*{dtype}", "Y_ptr": "*i64", "loss_ptr": f"*{dtype}", "n_non_ignore": "*fp32", "weight_sum": "fp32",
-                  "sum_non_ignore_weight": "fp32", "lse_square_scale": "fp32", "label_smoothing": "fp32", "softcap": "fp32"}
-    flags: dict[str, Any] = {"BLOCK_SIZE": block, "reduction": "mean", "HAS_GRADIENTS": True}
-    constexprs = {name: flags.get(name, None if name.endswith("_ptr") else False) for name in kernel.arg_names
-                  if name in flags or name not in signature or name.isupper() or name.startswith("RETURN_") or name.startswith("HAS_")}
-    constexprs |= {name: None for name in kernel.arg_names if name in ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr")}
-    warps = 32 if DEVICES[target].backend == "cuda" else 32  # 16 warps of 64 there: as many threads
-    return compile_for(kernel, signature, constexprs, target, element_size=ELEMENT_SIZES[dtype], num_warps=warps)
+    constexprs |= {"BLOCK_SIZE": block, "reduction": "mean", "lse_square_scale": 0.0, "label_smoothing": 0.0}
+    return compile_for(kernel, signature, constexprs, target, element_size=ELEMENT_SIZES[dtype], num_warps=32)
 
 
 def _row(name: str, target: str, traffic: float, compiled: Compiled, dtype: str, num_classes: int) -> str:
     elements = ROWS_MODELLED * num_classes
     seconds, bound = modelled_time(traffic * ELEMENT_SIZES[dtype] * elements, elements, compiled)
     model = f"{seconds * 1e3:.2f} ms ({bound})" if target == "sm_90" else ""
-    return (f"| {name} | {target} | {traffic:.3f} | {compiled.registers} | {compiled.spills} | {compiled.wide_share:.0%} | "
-            f"{compiled.instructions_per_element:.1f} | {compiled.occupancy} | {model} |")
+    return (
+        f"| {name} | {target} | {traffic:.3f} | {compiled.registers} | {compiled.spills} | {compiled.wide_share:.0%} | "
+        f"{compiled.instructions_per_element:.1f} | {compiled.occupancy} | {model} |"
+    )
 
 
 def table(targets: list[str]) -> str:
     """The whole table in Markdown. The byte counts come from a second process, in which Triton interprets."""
-    done = subprocess.run([sys.executable, "-m", "bench.triton_gate_table", "--count"], check=True, capture_output=True,
-                          text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.triton_gate_table", "--count"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     counts = json.loads(done.stdout.splitlines()[-1])
-    lines = [f"Rows of V logits; passes = bytes moved / bytes of the logits; time modelled for {ROWS_MODELLED} rows on an H100.", "",
-             "| kernel | target | passes | registers | spills | 128-bit | instructions/logit | programs/SM | H100 model |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"Passes: bytes moved / bytes of the logits, counted. Time: a model of {ROWS_MODELLED} rows on an H100.",
+        "",
+        "| kernel | target | passes | registers | spills | 128-bit | instructions/logit | programs/SM | H100 model |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for variant in VARIANTS:
         for target in targets:
-            lines.append(_row(variant.name, target, counts[variant.name], variant.compile(target), variant.dtype, variant.num_classes))
+            lines.append(
+                _row(
+                    variant.name,
+                    target,
+                    counts[variant.name],
+                    variant.compile(target),
+                    variant.dtype,
+                    variant.num_classes,
+                )
+            )
     if importlib.util.find_spec("liger_kernel"):
-        for dtype, num_classes in (("bf16", 50304), ("bf16", 128256)):
+        for dtype, num_classes in LIGER_ROWS:
             for target in targets:
-                lines.append(_row(f"Liger {dtype} {num_classes}", target, counts[f"liger {dtype} {num_classes}"],
-                                  compile_liger(dtype, num_classes, target), dtype, num_classes))
+                lines.append(
+                    _row(
+                        f"Liger {dtype} {num_classes}",
+                        target,
+                        counts[f"Liger {dtype} {num_classes}"],
+                        compile_liger(dtype, num_classes, target),
+                        dtype,
+                        num_classes,
+                    )
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -182,7 +269,7 @@ def main() -> None:
         assert INTERPRETED
         counts = {variant.name: count_variant(variant) for variant in VARIANTS}
         if importlib.util.find_spec("liger_kernel"):
-            counts |= {f"liger {dtype} {size}": count_liger(dtype, size) for dtype, size in (("bf16", 50304), ("bf16", 128256))}
+            counts |= {f"Liger {dtype} {size}": count_liger(dtype, size) for dtype, size in LIGER_ROWS}
         print(json.dumps(counts))
         return
     text = table(arguments.targets)

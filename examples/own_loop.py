@@ -1,6 +1,6 @@
 """Your own loop, compiled, with fasttrain's ops as drop-in replacements.
 
-    python examples/own_loop.py --steps 100
+python examples/own_loop.py --steps 100
 """
 
 import argparse

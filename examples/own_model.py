@@ -1,6 +1,6 @@
 """Your own module and your own DataLoader in the Trainer: nothing to subclass, nothing to rename.
 
-    python examples/own_model.py --steps 200
+python examples/own_model.py --steps 200
 """
 
 import argparse
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fasttrain import Trainer, TrainConfig
+from fasttrain import TrainConfig, Trainer
 
 
 class CharRNN(nn.Module):
@@ -44,7 +44,8 @@ def main(steps: int, checkpoint_dir: str | None) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
     trainer = Trainer(model=model, train_dataloader=train, val_dataloader=val, optimizer=optimizer, scheduler=scheduler,
-                      config=TrainConfig(max_steps=steps), checkpoint_dir=checkpoint_dir, use_amp=True, tokenizer=Ascii())
+                      config=TrainConfig(max_steps=steps), checkpoint_dir=checkpoint_dir, use_amp=True,
+                      tokenizer=Ascii())
     result = trainer.train()
     print(f"validation loss {result.val_loss:.3f}")
     print("the quick" + trainer.generate_text("the quick", max_new_tokens=40, temperature=0))

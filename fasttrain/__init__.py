@@ -47,7 +47,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fasttrain' has no attribute {name!r}")
     home = _HOMES[name]
-    value = importlib.import_module(f".{name}", __name__) if not home else getattr(importlib.import_module(f".{home}", __name__), name)
+    module = importlib.import_module(f".{home or name}", __name__)
+    value = getattr(module, name) if home else module
     globals()[name] = value
     return value
 

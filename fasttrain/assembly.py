@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .config import TrainConfig, to_dict
 from .ops.adamw import AdamW
@@ -154,24 +154,29 @@ def config_changes(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
             if name in saved and saved[name] != value]
 
 
-def adopt_hyperparameters(optimizer: Optimizer, scheduler: LRScheduler | None, saved: Mapping[str, Any],
-                          config: TrainConfig) -> None:
-    """After a resume: what the user changed in the config wins over what the restored optimizer remembers.
-
-    Only for an optimizer and scheduler that were built from the config; the learning rate is re-anchored, so that the
-    schedule goes on from its present place with the new peak.
-    """
+def adopt_hyperparameters(optimizer: Optimizer, saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """After a resume: what the user changed in the config wins over what the restored optimizer remembers. For an
+    optimizer that was built from the config."""
     for group in optimizer.param_groups:
         if saved.get("betas") != list(config.betas):
             group["betas"] = config.betas
         if saved.get("weight_decay") != config.weight_decay and group["weight_decay"]:
             group["weight_decay"] = config.weight_decay
-    if saved.get("lr") != config.lr and scheduler is not None and saved.get("lr"):
-        ratio = config.lr / saved["lr"]
-        scheduler.base_lrs = [base * ratio for base in scheduler.base_lrs]
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group.get("initial_lr", group["lr"]) * ratio
-            group["lr"] = group["lr"] * ratio
+
+
+def re_anchor(scheduler: LambdaLR, saved_lr: float | None, lr: float | None) -> None:
+    """After a resume: the next update has the learning rate of today's schedule (another length, another peak) at the
+    step reached, not the one that the checkpoint remembers. Changes no bit if the config is the same.
+
+    Args:
+        saved_lr, lr: the peaks then and now; None: the user's own optimizer, whose peaks stay.
+    """
+    if lr is not None and saved_lr and lr != saved_lr:
+        scheduler.base_lrs = [base * (lr / saved_lr) for base in scheduler.base_lrs]
+    scheduler._last_lr = [base * factor(scheduler.last_epoch)
+                          for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, base, now in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler._last_lr):
+        group["initial_lr"], group["lr"] = base, now
 
 
 def model_config_of(model: nn.Module) -> Any:

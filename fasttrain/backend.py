@@ -28,7 +28,8 @@ def _load_extension() -> tuple[ModuleType | None, str]:
         try:
             module.set_isa(isa)
         except ValueError as error:
-            raise ValueError(f"FASTTRAIN_ISA is {isa!r}: {error}; this CPU has {', '.join(module.available_isas())}") from None
+            known = ", ".join(module.available_isas())
+            raise ValueError(f"FASTTRAIN_ISA is {isa!r}: {error}; this CPU has {known}") from None
     return module, ""
 
 

@@ -63,9 +63,6 @@ class BatchStream:
             state["loader"] = self.loader.state_dict()  # type: ignore[attr-defined]
         elif self._iterator is not None:
             state["epoch_start"] = self._epoch_start
-            generator = getattr(self.loader, "generator", None)
-            if isinstance(generator, torch.Generator):
-                state["generator"] = generator.get_state()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -112,8 +109,6 @@ class BatchStream:
                 told = True
                 self._log(f"resume: reading past {self.batch} batches, because this loader cannot jump "
                           "(fasttrain.data.TokenLoader can; so can any loader with state_dict/load_state_dict)")
-        if isinstance(generator, torch.Generator) and "generator" in state:
-            generator.set_state(state["generator"])
 
     def _say_no_data(self) -> None:
         if self.epoch == 0:

@@ -223,10 +223,11 @@ def latest_checkpoint(root: Path | str, *, log: Callable[[str], None]) -> Path |
     for _ in range(100):  # again when another process pruned or replaced one under our eyes
         paths = list_checkpoints(root)
         for path in reversed(paths):
+            before = _identity(path)
             problems = verify_checkpoint(path)
             if not problems:
                 return path
-            if not path.exists():
+            if before is None or before != _identity(path):
                 break
             log(f"CHECKPOINT NOT USED: {str(path)!r} is damaged: {'; '.join(problems)}")
         else:
@@ -313,17 +314,18 @@ def _naming(path: Path) -> Iterator[None]:
 def _publish(private: Path, final: Path) -> None:
     backup = final.with_name(final.name + "~")
     replaced = os.path.lexists(final)
-    if replaced:
-        if os.path.lexists(backup):
-            retire(final)  # `_collect` left both, so neither verifies
-        else:
-            os.rename(final, backup)
-        sync_directory(final.parent)
     try:
+        if replaced:
+            if os.path.lexists(backup):
+                retire(final)  # `_collect` left both, so neither verifies
+            else:
+                os.rename(final, backup)
+            sync_directory(final.parent)
         os.rename(private, final)
     except OSError:
-        with contextlib.suppress(OSError):
-            os.rename(backup, final)
+        if not os.path.lexists(final):
+            with contextlib.suppress(OSError):
+                os.rename(backup, final)
         raise
     sync_directory(final.parent)
     if os.path.lexists(backup):
@@ -354,6 +356,13 @@ def _serialized(root: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+
+
+def _identity(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
 
 
 def _step_of(path: Path) -> int:

@@ -79,7 +79,9 @@ class Train:
     """Directory of the run: checkpoints, metrics.jsonl, loss.png."""
     data: Annotated[Data, Flat]
     shape: Annotated[Shape, Flat] = field(default_factory=Shape)
-    config: Annotated[TrainConfig, Flat] = TrainConfig(max_steps=1000, warmup_steps=50, lr=1e-3, min_lr=1e-4, eval_every_steps=200, save_every_steps=200)
+    config: Annotated[TrainConfig, Flat] = TrainConfig(
+        max_steps=1000, warmup_steps=50, lr=1e-3, min_lr=1e-4, eval_every_steps=200, save_every_steps=200
+    )
     config_file: Path | None = None
     """A TOML or JSON file of training options; flags override it."""
 
@@ -87,13 +89,21 @@ class Train:
         train, val = open_data(self.data, self.config.seed)
         seed_all(self.config.seed)  # the weights are drawn below
         shape = dataclasses.asdict(self.shape)
+        assert train.vocab_size is not None  # prepare_tokens takes it from the tokenizer
         model = GPT(GPTConfig(vocab_size=train.vocab_size, max_seq_len=self.data.seq_len, **shape))
         trainer = Trainer(
-            model=model, train_dataloader=TokenLoader(train, self.data.batch_size, seed=self.config.seed),
+            model=model,
+            train_dataloader=TokenLoader(train, self.data.batch_size, seed=self.config.seed),
             val_dataloader=TokenLoader(val, self.data.batch_size, shuffle=False, drop_last=False),
-            config=self.config, checkpoint_dir=self.out, use_amp=True if self.config.precision == "auto" else None)
+            config=self.config,
+            checkpoint_dir=self.out,
+            use_amp=True if self.config.precision == "auto" else None,
+        )
         result = trainer.train()
-        report = {"validation loss": "none" if result.val_loss is None else f"{result.val_loss:.4f} nats per token", "run": str(self.out)}
+        report = {
+            "validation loss": "none" if result.val_loss is None else f"{result.val_loss:.4f} nats per token",
+            "run": str(self.out),
+        }
         try:
             report["plot"] = str(plot_losses(self.out / "metrics.jsonl", self.out / "loss.png"))
         except ValueError as reason:
@@ -101,7 +111,9 @@ class Train:
         print_report(f"{result.status} after {result.step} steps", list(report.items()))
         if result.status != "interrupted":
             return 0
-        return 128 + next((int(number) for number in signal.Signals if result.reason.startswith(number.name)), int(signal.SIGINT))
+        return 128 + next(
+            (int(number) for number in signal.Signals if result.reason.startswith(number.name)), int(signal.SIGINT)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,43 +188,75 @@ class Doctor:
         policy.restore()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         amp = choose_policy("auto", True, device)
-        print_report(f"fasttrain {__version__}", [
-            ("python", f"{platform.python_version()} on {platform.platform()}"),
-            ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-            ("device", torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {os.cpu_count()} cores, {cpu_memory()}"),
-            ("extension", CPP_PROBLEM or f"{instruction_set()} of {', '.join(module.available_isas() if module else [])}"),
-            ("triton", TRITON_PROBLEM or "installed"),
-            ("precision", f"{str(amp.dtype).removeprefix('torch.')}: {amp.reason}"),
-            (policy.name, f"{'usable' if policy.on else 'not usable'}: {policy.reason}"),
-        ])
-        rows = [(f"{op} on {where}", choice.impl + (f": {choice.reason}" if choice.reason else ""))
-                for op, devices in backend_info().items() for where, choice in devices.items()]
+        print_report(
+            f"fasttrain {__version__}",
+            [
+                ("python", f"{platform.python_version()} on {platform.platform()}"),
+                ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+                (
+                    "device",
+                    torch.cuda.get_device_name()
+                    if device.type == "cuda"
+                    else f"cpu, {os.cpu_count()} cores, {cpu_memory()}",
+                ),
+                (
+                    "extension",
+                    CPP_PROBLEM or f"{instruction_set()} of {', '.join(module.available_isas() if module else [])}",
+                ),
+                ("triton", TRITON_PROBLEM or "installed"),
+                ("precision", f"{str(amp.dtype).removeprefix('torch.')}: {amp.reason}"),
+                (policy.name, f"{'usable' if policy.on else 'not usable'}: {policy.reason}"),
+            ],
+        )
+        rows = [
+            (f"{op} on {where}", choice.impl + (f": {choice.reason}" if choice.reason else ""))
+            for op, devices in backend_info().items()
+            for where, choice in devices.items()
+        ]
         print_report("implementation that runs", rows)
         return 0
 
 
 def open_data(data: Data, seed: int, tokenizer: Tokenizer | str | None = None) -> tuple[TokenDataset, TokenDataset]:
     """The (train, validation) data, tokenized if that was not done yet, with a progress line on a terminal."""
+
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():
             sys.stderr.write(f"\rtokenizing {done / max(total, 1):.0%} of {format_bytes(total)} ")
             sys.stderr.write("\r\x1b[K" if done >= total else "")
 
-    return prepare_tokens(data.data, tokenizer or data.tokenizer, data.cache, seq_len=data.seq_len, val_fraction=data.val_fraction,
-                          seed=seed, progress=show)
+    return prepare_tokens(
+        data.data,
+        tokenizer or data.tokenizer,
+        data.cache,
+        seq_len=data.seq_len,
+        val_fraction=data.val_fraction,
+        seed=seed,
+        progress=show,
+    )
 
 
 def open_checkpoint(path: Path) -> tuple[GPT, Tokenizer, Path]:
     """The model and tokenizer of a checkpoint, or of the newest good one of a run."""
     if not path.is_dir():
-        raise ValueError(f"checkpoint {str(path)!r} is not a directory; pass a run's directory or one of its step-... directories")
-    found = path if path.name.startswith("step-") else latest_checkpoint(path, log=lambda line: print(line, file=sys.stderr))
+        raise ValueError(
+            f"checkpoint {str(path)!r} is not a directory; pass a run's directory or one of its step-... directories"
+        )
+    found = (
+        path
+        if path.name.startswith("step-")
+        else latest_checkpoint(path, log=lambda line: print(line, file=sys.stderr))
+    )
     if found is None:
-        raise ValueError(f"{str(path)!r} holds no checkpoint that verifies; `fasttrain verify {path}` says what is wrong")
+        raise ValueError(
+            f"{str(path)!r} holds no checkpoint that verifies; `fasttrain verify {path}` says what is wrong"
+        )
     metadata = read_manifest(found).metadata
     if metadata.get("model_class") != "GPT" or not isinstance(metadata.get("model_config"), dict):
-        raise ValueError(f"{str(found)!r} holds a {metadata.get('model_class')}, and this command opens fasttrain's GPT only; "
-                         "in Python: Trainer(model=...).load_checkpoint(path)")
+        raise ValueError(
+            f"{str(found)!r} holds a {metadata.get('model_class')}, and this command opens fasttrain's GPT only; "
+            "in Python: Trainer(model=...).load_checkpoint(path)"
+        )
     model = GPT(GPTConfig(**metadata["model_config"]))
     trainer = Trainer(model=model)
     trainer.load_checkpoint(found)
@@ -227,14 +271,21 @@ def cpu_memory() -> str:
 
 
 COMMANDS: dict[str, Callable[..., Train | Eval | Generate | Verify | Doctor]] = {
-    "train": Train, "eval": Eval, "generate": Generate, "verify": Verify, "doctor": Doctor}
+    "train": Train,
+    "eval": Eval,
+    "generate": Generate,
+    "verify": Verify,
+    "doctor": Doctor,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; the exit status is the process's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        command = tyro.extras.subcommand_cli_from_dict(with_config_file(arguments), args=arguments, prog="fasttrain", description=__doc__.splitlines()[0])
+        command = tyro.extras.subcommand_cli_from_dict(
+            with_config_file(arguments), args=arguments, prog="fasttrain", description=__doc__.splitlines()[0]
+        )
         status = command.run()
     except (ValueError, OSError) as error:
         if os.environ.get("FASTTRAIN_TRACEBACK") == "1":
@@ -252,7 +303,13 @@ def with_config_file(arguments: list[str]) -> dict[str, Callable[..., Train | Ev
         name, _, value = argument.partition("=")
         if name in ("--config-file", "--config_file"):
             config = load_config(value or arguments[min(index + 1, len(arguments) - 1)], TrainConfig)
-            train = dataclasses.make_dataclass("Train", [("config", Annotated[TrainConfig, Flat], field(default=config))], bases=(Train,), frozen=True, kw_only=True)
+            train = dataclasses.make_dataclass(
+                "Train",
+                [("config", Annotated[TrainConfig, Flat], field(default=config))],
+                bases=(Train,),
+                frozen=True,
+                kw_only=True,
+            )
             train.__doc__ = Train.__doc__
             return {**COMMANDS, "train": train}
     return COMMANDS

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,7 +30,6 @@ from .corpus import (
     Split,
     list_files,
     read_documents,
-    read_files,
     split_documents,
     spool_stdin,
 )
@@ -246,7 +245,7 @@ def prepare_tokens(source: Source, tokenizer: Any, cache_dir: str | Path, *, seq
 
     Args:
         source: what `read_documents` takes; standard input is stored in `cache_dir` first.
-        tokenizer: "bytes"; "bpe:N", a BPE of N ids trained on this corpus and kept in `cache_dir`; or what
+        tokenizer: "bytes"; "bpe:N", a BPE of N ids trained on the training part and kept in `cache_dir`; or what
             `as_tokenizer` takes. Its end-of-text token follows each document.
         seq_len: T, tokens per sequence.
         val_fraction: share of documents that go to validation, each by a hash of (seed, its name), so that adding one
@@ -259,7 +258,8 @@ def prepare_tokens(source: Source, tokenizer: Any, cache_dir: str | Path, *, seq
     folder = Path(cache_dir)
     files = [spool_stdin(folder) if file.path is None else file for file in list_files(source)]
     if isinstance(tokenizer, str) and tokenizer.startswith("bpe:"):
-        adapted: Tokenizer = _corpus_bpe(files, tokenizer.removeprefix("bpe:"), folder)
+        adapted: Tokenizer = _corpus_bpe(lambda: _training_texts(files, val_fraction, seed),
+                                         tokenizer.removeprefix("bpe:"), folder)
     else:
         adapted = as_tokenizer(tokenizer)
     store = build_token_store(files, adapted, folder, val_fraction=val_fraction, seed=seed, progress=progress)
@@ -301,17 +301,23 @@ def _open_split(folder: Path, split: StoredSplit, name: str, seq_len: int, token
                         name=f"{name} split", check_ids=False)  # they were checked when they were written
 
 
-def _corpus_bpe(files: Sequence[CorpusFile], size: str, folder: Path) -> Tokenizer:
-    """The BPE of this corpus, trained the first time; the file's name carries a hash of the texts it was trained on."""
+def _training_texts(files: Sequence[CorpusFile], val_fraction: float, seed: int) -> Iterator[str]:
+    """A tokenizer that had seen the validation text would make the model's bits per byte look better than they are."""
+    return (document.text for split, document in split_documents(files, val_fraction=val_fraction, seed=seed)
+            if split == "train")
+
+
+def _corpus_bpe(texts: Callable[[], Iterator[str]], size: str, folder: Path) -> Tokenizer:
+    """The BPE of these texts, trained the first time; the file's name carries a hash of what it was trained on."""
     if not size.isdigit():
         raise ValueError(f"tokenizer is 'bpe:{size}'; write the number of ids after the colon, as in 'bpe:4096'")
     digest = hashlib.sha256()
-    for document in read_files(files):
-        text = document.text.encode()
-        digest.update(len(text).to_bytes(8, "little") + text)
+    for text in texts():
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
     path = folder / f"bpe-{int(size)}-{digest.hexdigest()[:16]}.json"
     if not path.exists():
-        trained = train_bpe((document.text for document in read_files(files)), int(size))
+        trained = train_bpe(texts(), int(size))
         make_directory(folder)
         partial = folder / f".{path.name}.{os.getpid()}.partial"
         with open(partial, "w", encoding="utf-8") as stream:

@@ -21,6 +21,8 @@ from .config import TrainConfig
 from .ops import backend_info
 from .utils import format_bytes
 
+_MEMORY = "cpu memory policy"
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -33,18 +35,22 @@ class Optimization:
     """Turns the switch back off; does nothing if it is off."""
 
 
-def apply_optimizations(model: nn.Module, config: TrainConfig, device: torch.device) -> tuple[nn.Module, list[Optimization]]:
+def apply_optimizations(model: nn.Module, config: TrainConfig,
+                        device: torch.device) -> tuple[nn.Module, list[Optimization]]:
     """Turns on what `config` asks for and this device can do.
 
     Returns the module to train (`model` itself, or its compiled form, which shares its parameters) and the decisions.
     """
-    decisions = [_fused_loss(device)]
-    decisions.append(tune_cpu_memory() if device.type == "cpu" else Optimization("cpu memory policy", False, f"the model is on {device.type}"))
-    decisions.append(_tf32(device))
-    decisions.append(_activation_checkpointing(model, config.activation_checkpointing))
+    decisions = [
+        _fused_loss(device),
+        tune_cpu_memory() if device.type == "cpu" else Optimization(_MEMORY, False, f"the model is on {device.type}"),
+        _tf32(device),
+        _activation_checkpointing(model, config.activation_checkpointing),
+    ]
     if config.compile:
         model = torch.compile(model)  # type: ignore[assignment]
-    decisions.append(Optimization("torch.compile", config.compile, "compile=True" if config.compile else "compile=False (the default)"))
+    reason = "compile=True" if config.compile else "compile=False (the default)"
+    decisions.append(Optimization("torch.compile", config.compile, reason))
     return model, decisions
 
 
@@ -61,7 +67,8 @@ def _tf32(device: torch.device) -> Optimization:
         return Optimization("TF32 matmuls", False, "needs an NVIDIA GPU of compute capability 8.0 or later")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    return Optimization("TF32 matmuls", True, "float32 products run on tensor cores", functools.partial(torch.set_float32_matmul_precision, before))
+    return Optimization("TF32 matmuls", True, "float32 products run on tensor cores",
+                        functools.partial(torch.set_float32_matmul_precision, before))
 
 
 def _activation_checkpointing(model: nn.Module, mode: str) -> Optimization:
@@ -71,8 +78,8 @@ def _activation_checkpointing(model: nn.Module, mode: str) -> Optimization:
         return Optimization(name, False, "activation_checkpointing='none' (the default)")
     blocks = repeated_blocks(model)
     if not blocks:
-        raise ValueError(f"activation_checkpointing is {mode!r}, but {type(model).__name__} holds no nn.ModuleList of two or more "
-                         "blocks of one class to recompute; set it to 'none'")
+        raise ValueError(f"activation_checkpointing is {mode!r}, but {type(model).__name__} holds no nn.ModuleList of "
+                         "two or more blocks of one class to recompute; set it to 'none'")
 
     def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -85,7 +92,8 @@ def _activation_checkpointing(model: nn.Module, mode: str) -> Optimization:
 
     for block in blocks:  # on the instance: names in the state_dict stay as they are
         block.forward = functools.partial(recomputed, block.forward)
-    return Optimization(name, True, f"{len(blocks)} {type(blocks[0]).__name__} modules are recomputed in the backward", restore)
+    return Optimization(name, True, f"{len(blocks)} {type(blocks[0]).__name__} modules are recomputed in the backward",
+                        restore)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -114,10 +122,11 @@ def tune_cpu_memory(reserve_bytes: int | None = None) -> Optimization:
     Process-wide. `.restore()` of the result gives the free memory back and sets glibc's defaults again (except that
     glibc's self-adjusting mmap threshold stays off, which cannot be undone). Off elsewhere than on Linux with glibc.
     """
-    name = "cpu memory policy"
+    name = _MEMORY
     libc_name, _ = platform.libc_ver()
     if libc_name != "glibc":
-        return Optimization(name, False, f"needs glibc's mallopt; this is {platform.system()} with {libc_name or 'another C library'}")
+        other = libc_name or "another C library"
+        return Optimization(name, False, f"needs glibc's mallopt; this is {platform.system()} with {other}")
     libc = ctypes.CDLL(None)
     if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
         return Optimization(name, False, "glibc refused mallopt")

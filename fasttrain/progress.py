@@ -63,7 +63,8 @@ class Progress(Callback):
         self._figures = self._describe(record)
         self._previous = record
         last = self._run is not None and state.step == self._run.max_steps
-        if self.live or last or time.monotonic() - self._last_shown >= self.plain_every_seconds:
+        pause = _REDRAW_SECONDS if self.live else self.plain_every_seconds
+        if last or time.monotonic() - self._last_shown >= pause:
             self._draw(state)
         if self._records == 0:
             self._pace_step, self._pace_start = state.step, time.monotonic()
@@ -133,9 +134,10 @@ def print_report(title: str, rows: Sequence[tuple[str, str]], stream: TextIO | N
     """Name and value pairs: a table on a terminal, aligned plain lines elsewhere."""
     stream = stream if stream is not None else sys.stdout
     if stream.isatty():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None,
+                      padding=(0, 2, 0, 0))
         for name, value in rows:
-            table.add_row(f"[bold]{name}[/bold]", value.replace("[", r"\["))
+            table.add_row(f"[dim]{name}[/dim]", value.replace("[", r"\["))
         Console(file=stream).print(table)
         return
     width = max((len(name) for name, _ in rows), default=0)

@@ -77,10 +77,9 @@ def layout(tensors: Mapping[str, Tensor], where: str) -> tuple[bytes, dict[str, 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements in order as bytes: a view where it is contiguous on the CPU, else a copy of this one."""
-    if tensor.numel() == 0:
-        return memoryview(b"")  # whose stride may be anything, which the view below does not take
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    # Not reshape(-1): a contiguous tensor of one element or none may have any stride, which a view as bytes refuses.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def parse_header(prefix: bytes, file_size: int, what: str) -> dict[str, TensorSpec]:

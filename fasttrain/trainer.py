@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from . import assembly
 from .amp import choose_policy
@@ -44,7 +44,7 @@ from .state import TrainState, load_model
 from .storage import lock_directory
 from .tokenization import tokenizer_from_dict, tokenizer_to_dict
 from .training_loop import Parts, fit, settle
-from .utils import Interruption, PhaseClock, format_duration, seed_all
+from .utils import Interruption, PhaseClock, format_duration, seed_all, unwrap
 from .verification import Verification, verify_batch_math, verify_resume
 
 
@@ -107,12 +107,12 @@ class Trainer:
         self.train_dataloader, self.val_dataloader = train_dataloader, val_dataloader
         self.optimizer, self.scheduler, self.loss_fn = optimizer, scheduler, loss_fn
         if loss_fn is None:
-            check_is_causal(model)
+            check_is_causal(unwrap(model))
         if optimizer is not None:
             assembly.check_optimizer(model, optimizer, scheduler)
         self.amp = choose_policy(self.config.precision, use_amp, self.device)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self.tokenizer = assembly.find_tokenizer(tokenizer, train_dataloader, model)
+        self.tokenizer = assembly.find_tokenizer(tokenizer, train_dataloader, unwrap(model))
         self.callbacks = list(callbacks)
         self.progress = Progress()
         self.optimizations: list[Optimization] = []
@@ -165,7 +165,7 @@ class Trainer:
                              "with a .tokenizer, or load a checkpoint that holds one")
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         options.update({name: value for name, value in given.items() if value is not None})
-        return generate(self.model, prompt, tokenizer=self.tokenizer, **options)
+        return generate(unwrap(self.model), prompt, tokenizer=self.tokenizer, **options)
 
     def save_checkpoint(self) -> Path:
         """Writes the whole training state to `checkpoint_dir` and returns the checkpoint's directory."""
@@ -193,7 +193,7 @@ class Trainer:
         if self.train_dataloader is not None:
             self._restore(self._built_state(), path)
         else:
-            load_model(self.model, load_checkpoint(path, ("model",))["model"])
+            load_model(unwrap(self.model), load_checkpoint(path, ("model",))["model"])
             self._adopt_metadata(read_manifest(path).metadata)
         self.resumed_from = path
         return path
@@ -272,8 +272,10 @@ class Trainer:
         saved = metadata.get("config", {})
         for change in assembly.config_changes(saved, self.config):
             self.progress.log(f"config changed since the checkpoint: {change}")
-        if self.optimizer is None and self.scheduler is None:
-            assembly.adopt_hyperparameters(state.optimizer, state.scheduler, saved, self.config)
+        if self.optimizer is None:
+            assembly.adopt_hyperparameters(state.optimizer, saved, self.config)
+        if isinstance(state.scheduler, LambdaLR) and self.scheduler is None:
+            assembly.re_anchor(state.scheduler, saved.get("lr"), self.config.lr if self.optimizer is None else None)
         self._checkpoint = path
 
     def _adopt_metadata(self, metadata: Mapping[str, Any]) -> None:
@@ -291,7 +293,8 @@ class Trainer:
         loader = dataloader if dataloader is not None else self.val_dataloader
         if loader is None:
             raise ValueError("evaluate() needs data: pass a dataloader, or Trainer(..., val_dataloader=...)")
-        return evaluate(self.model, loader, loss_fn=self.loss_fn, device=self.device, autocast=self.amp.autocast,
+        return evaluate(unwrap(self.model), loader, loss_fn=self.loss_fn, device=self.device,
+                        autocast=self.amp.autocast,
                         max_batches=self.config.eval_max_batches if max_batches is None else max_batches,
                         interrupted=None if interruption is None else interruption.__bool__)
 
@@ -327,11 +330,11 @@ class Trainer:
 
     def _write_checkpoint(self, state: TrainState) -> Path:
         assert self.checkpoint_dir is not None
-        counters = state.counters
+        counters, module = state.counters, unwrap(self.model)
         measured = counters.last_eval_step == state.step and not state.window.micro_step
         metadata = {
-            "config": to_dict(self.config), "model_class": type(self.model).__name__,
-            "model_config": assembly.model_config_of(self.model), "precision": str(self.amp.dtype),
+            "config": to_dict(self.config), "model_class": type(module).__name__,
+            "model_config": assembly.model_config_of(module), "precision": str(self.amp.dtype),
             "tokenizer": None if self.tokenizer is None else tokenizer_to_dict(self.tokenizer),
             "val_loss": counters.last_val_loss if measured else None, "tokens_seen": counters.tokens_seen,
         }
@@ -354,7 +357,7 @@ class Trainer:
             *((item.name, f"{'on' if item.on else 'off'}: {item.reason}") for item in self.optimizations),
             *(checked.rows() if checked is not None else ()),
         ]
-        print_report(f"fasttrain: {type(self.model).__name__}", rows, self.progress.stream)
+        print_report(f"fasttrain: {type(unwrap(self.model)).__name__}", rows, self.progress.stream)
 
     def _finish(self, state: TrainState, status: str, interruption: Interruption, clock: PhaseClock) -> TrainResult:
         counters, seconds = state.counters, sum(clock.seconds.values())

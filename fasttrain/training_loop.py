@@ -79,8 +79,8 @@ def fit(state: TrainState, config: TrainConfig, parts: Parts | None = None) -> s
         if parts.evaluate is not None and due(state.step, config.eval_every_steps):
             interrupted = not run_evaluation(state, config, parts, parts.evaluate)
         interrupted = interrupted or bool(parts.interrupted())
-        if state.stop_reason or interrupted:
-            break
+        if state.stop_reason or interrupted or limit_reached(state, config, clock):
+            break  # the last checkpoint comes after the last evaluation
         if parts.save is not None and due(state.step, config.save_every_steps):
             save(state, config, parts, parts.save)
             saved_step = state.step
@@ -90,6 +90,7 @@ def fit(state: TrainState, config: TrainConfig, parts: Parts | None = None) -> s
             log(state, config, parts)
         if parts.evaluate is not None and state.counters.last_eval_step != state.step:
             interrupted = not run_evaluation(state, config, parts, parts.evaluate)
+            saved_step = -1  # a checkpoint of this step does not know its validation loss yet
     if parts.save is not None and (saved_step != state.step or state.window.micro_step):
         save(state, config, parts, parts.save)
     clock.mark("other")

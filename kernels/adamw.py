@@ -24,7 +24,7 @@ from .cross_entropy import _store
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024
 NARROW_BLOCK = 4096
-"""Elements of a program; with bfloat16 moments, four parts in which a thread has eight neighbours, 128 bits of moment."""
+"""Elements of a program; with bfloat16 moments, four parts in which a thread has eight neighbours: 128 bits."""
 NUM_WARPS = 4
 ALIGNMENT = 16
 """Tensors whose addresses and sizes are multiples of this are read 128 bits at a time; others go in a second launch."""
@@ -86,7 +86,7 @@ def _update_kernel(table, factors, blocks, multiplier, skip, BLOCK: tl.constexpr
 
     With narrow moments the block is four parts of (units, 16), part w the elements that word w of a counter is for.
     """
-    NARROW: tl.constexpr = MOMENT == tl.bfloat16
+    NARROW: tl.constexpr = tl.bfloat16 == MOMENT
     index = tl.program_id(0)
     tensor = tl.load(blocks + 2 * index)
     chunk = tl.load(blocks + 2 * index + 1)
@@ -133,7 +133,7 @@ def _update_kernel(table, factors, blocks, multiplier, skip, BLOCK: tl.constexpr
             if WITH_EMA:
                 ema_at = _address(row, 4, TYPE, ALIGNED) + at
                 ema = tl.load(ema_at, mask=inside, other=0.0).to(tl.float32)
-                if TYPE == tl.bfloat16:  # the average is that of the parameter as it is stored
+                if tl.bfloat16 == TYPE:  # the average is that of the parameter as it is stored
                     bits = param.to(tl.uint32, bitcast=True)
                     param = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
                 _store(ema_at, ema + (param - ema) * tl.load(f + 7), inside, SOFTWARE_BF16)
@@ -174,11 +174,12 @@ def adamw_update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Se
     seed_words = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     _, numbers, offsets = places.t().tolist()
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([emas] if emas else [])]
-    kinds = [(p.dtype, m.dtype, all(_aligned(tensors[i]) for tensors in lists)) for i, (p, m) in enumerate(zip(params, exp_avgs))]
+    kinds = [(p.dtype, m.dtype, all(_aligned(tensors[i]) for tensors in lists))
+             for i, (p, m) in enumerate(zip(params, exp_avgs))]
     for (dtype, moment, aligned), members in _kinds(kinds).items():
         rows = [(params[i].data_ptr(), grads[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(),
-                 emas[i].data_ptr() if emas else 0, steps[i].data_ptr(), params[i].numel(), offsets[i], numbers[i], *seed_words)
-                for i in members]
+                 emas[i].data_ptr() if emas else 0, steps[i].data_ptr(), params[i].numel(), offsets[i], numbers[i],
+                 *seed_words) for i in members]
         block = block_of(moment)
         blocks = _blocks(tuple(row[6] for row in rows), block, device)
         mine = factors if len(members) == len(params) else factors[_on_device(tuple(members), device)]
@@ -197,7 +198,7 @@ def block_of(moment: torch.dtype) -> int:
 
 
 def _exact() -> dict[str, bool]:
-    """No multiplication fused with an addition: what is rounded once is not what the other implementations round twice."""
+    """No multiplication fused with an addition: that rounds once where the other implementations round twice."""
     return {} if INTERPRETED else {"enable_fp_fusion": False}
 
 
@@ -206,8 +207,8 @@ def _factors(steps: Sequence[Tensor], terms: Tensor, places: Tensor) -> Tensor:
     step = torch.stack(list(steps)).double() + 1
     lr, beta1, beta2, eps, weight_decay, sign, ema_weight = terms[places[:, 0]].unbind(1)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    columns = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, lr / correction1, 1 / correction2.sqrt(), ema_weight,
-               sign, step]
+    columns = [1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, lr / correction1, 1 / correction2.sqrt(),
+               ema_weight, sign, step]
     return torch.stack(columns, dim=1).float()
 
 
@@ -246,6 +247,6 @@ def _checked(tensors: Sequence[Tensor]) -> torch.device:
                          "TRITON_INTERPRET=1, which is for tests)")
     for tensor in tensors:
         if tensor.dtype not in _TYPES or not tensor.is_contiguous() or tensor.device != device:
-            raise ValueError(f"got a {tensor.dtype} tensor with strides {tensor.stride()} on {tensor.device}; the Triton kernels "
-                             f"take contiguous float32 and bfloat16 tensors of one device ({device})")
+            raise ValueError(f"got a {tensor.dtype} tensor with strides {tensor.stride()} on {tensor.device}; the "
+                             f"Triton kernels take contiguous float32 and bfloat16 tensors of one device ({device})")
     return device

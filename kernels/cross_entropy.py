@@ -49,11 +49,12 @@ def one_load_shape(num_classes: int, element_size: int, *, aligned: bool = True,
     return Shape(threads, threads * BYTES_PER_ACCESS // element_size) if threads <= 512 else None
 
 
-def streaming_shape(num_classes: int, element_size: int) -> Shape:
-    """Launch shape of the kernels that walk a row in blocks: two accesses in flight per thread."""
+def streaming_shape(num_classes: int, element_size: int, *, aligned: bool = True) -> Shape:
+    """Launch shape of the kernels that walk a row in blocks."""
     row_bytes = num_classes * element_size
     threads = 128 if row_bytes <= (16 << 10) else 256 if row_bytes <= (128 << 10) else 512
-    return Shape(threads, 2 * threads * BYTES_PER_ACCESS // element_size)
+    # Two wide accesses in flight per thread. Elements loaded one by one fill a register each: half, or they spill.
+    return Shape(threads, (2 if aligned else 1) * threads * BYTES_PER_ACCESS // element_size)
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def _store(pointers, values, mask, SOFTWARE_BF16: tl.constexpr):
 def _widened_again(held, never):
     # held in float32. Written unlike .to(tl.float32), or the compiler would keep that conversion's result from the
     # first pass alive instead of the 16-bit original, and the row would take twice the registers.
-    if held.dtype == tl.bfloat16:
+    if held.dtype == tl.bfloat16:  # by bits, for the interpreter cannot multiply bfloat16
         bits = held.to(tl.uint16, bitcast=True).to(tl.uint32)
         return (bits << (16 + never.to(tl.uint32))).to(tl.float32, bitcast=True)
     elif held.dtype == tl.float16:
@@ -183,8 +184,9 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, logits_stride,
     x_y = _target_logit(logits_row, y, V, softcap, SOFTCAPPED)
     held = ()
     for step in tl.static_range(STEPS):
-        held = held + (tl.load(logits_row + lanes + step * BLOCK, mask=lanes < V - step * BLOCK, other=float("-inf"),
-                               eviction_policy="evict_first"),)
+        block = tl.load(logits_row + lanes + step * BLOCK, mask=lanes < V - step * BLOCK, other=float("-inf"),
+                        eviction_policy="evict_first")
+        held = held + (block,)  # noqa: RUF005 (Triton does not unpack)
     group_m = tl.full([BLOCK // GROUP], float("-inf"), tl.float32)
     group_total = tl.zeros([BLOCK // GROUP], tl.float32)
     group_x = tl.zeros([BLOCK // GROUP], tl.float32)
@@ -194,7 +196,8 @@ def _one_load_kernel(logits, targets, scale, losses, lses, grads, logits_stride,
         inside = lanes < V - step * BLOCK
         if SOFTCAPPED:
             x = tl.where(inside, _softcapped(x, softcap), float("-inf"))
-            capped = capped + (x,)  # held from here on in place of the logits: computed twice it would cost more
+            # Held from here on in place of the logits: computed twice it would cost more than its registers.
+            capped = capped + (x,)  # noqa: RUF005
         group_m, group_total, group_x = _accumulate(x, inside, group_m, group_total, group_x, SMOOTHED)
     m, total, lse, loss = _finish(group_m, group_total, group_x, x_y, label_smoothing, z_loss, V, SMOOTHED, Z_LOSS)
     tl.store(losses + row, loss)
@@ -243,10 +246,11 @@ def _streaming_kernel(logits, targets, scale, losses, lses, grads, logits_stride
     group_x = tl.zeros([BLOCK // GROUP], tl.float32)
     for step in tl.range(0, STEPS):
         inside = lanes < V - step * BLOCK
+        at = logits_row + lanes + step * BLOCK
         if WITH_GRADIENT:
-            x = tl.load(logits_row + lanes + step * BLOCK, mask=inside, other=float("-inf"), eviction_policy="evict_last")
+            x = tl.load(at, mask=inside, other=float("-inf"), eviction_policy="evict_last")
         else:
-            x = tl.load(logits_row + lanes + step * BLOCK, mask=inside, other=float("-inf"), eviction_policy="evict_first")
+            x = tl.load(at, mask=inside, other=float("-inf"), eviction_policy="evict_first")
         x = x.to(tl.float32)
         if SOFTCAPPED:
             x = tl.where(inside, _softcapped(x, softcap), float("-inf"))
@@ -320,18 +324,19 @@ def cross_entropy_backward(grad_losses: Tensor, logits: Tensor, targets: Tensor,
                            label_smoothing: float, z_loss: float, softcap: float) -> Tensor:
     """Gradient (N, V) of sum(grad_losses * losses) in the logits' dtype; `grad_losses` (N,) float32, any stride.
 
-    With p = exp(x - lse): (p * (1 + 2 * z_loss * lse) - ls / V - (1 - ls) * [i == y]) * grad_losses, times the softcap's
-    derivative 1 - (x / softcap)^2. Formed in float32 and rounded once. Reads the logits once.
+    With p = exp(x - lse): (p * (1 + 2 * z_loss * lse) - ls / V - (1 - ls) * [i == y]) * grad_losses, times the
+    softcap's derivative 1 - (x / softcap)^2. Formed in float32 and rounded once. Reads the logits once.
     """
     logits = _checked(logits, targets)
     num_rows, num_classes = logits.shape
     grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
     if num_rows:
-        shape = streaming_shape(num_classes, logits.element_size())
-        _backward_kernel[(num_rows, triton.cdiv(num_classes, shape.block))](
-            grad_losses, logits, targets.contiguous(), lse.contiguous(), grads, grad_losses.stride(0), logits.stride(0),
-            ignore_index, label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
-            **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
+        shape = streaming_shape(num_classes, logits.element_size(), aligned=_aligned(logits))
+        with torch.cuda.device_of(logits):
+            _backward_kernel[(num_rows, triton.cdiv(num_classes, shape.block))](
+                grad_losses, logits, targets.contiguous(), lse.contiguous(), grads, grad_losses.stride(0),
+                logits.stride(0), ignore_index, label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
+                **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
     return grads
 
 
@@ -353,10 +358,11 @@ def cross_entropy_fused(logits: Tensor, targets: Tensor, scale: Tensor, *, ignor
     losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(losses)
     grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
-    _one_load_kernel[(num_rows,)](
-        logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing, z_loss,
-        softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
-        ALIGNED=_aligned(logits), **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape, True))
+    with torch.cuda.device_of(logits):
+        _one_load_kernel[(num_rows,)](
+            logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing,
+            z_loss, softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
+            ALIGNED=_aligned(logits), **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape, True))
     return losses, lse, grads
 
 
@@ -370,9 +376,9 @@ def scale_inplace(grad: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(f"grad has strides {grad.stride()}; scale_inplace takes a contiguous tensor")
     if grad.numel():
         shape = streaming_shape(grad.numel(), grad.element_size())
-        _scale_kernel[(triton.cdiv(grad.numel(), shape.block),)](
-            grad, scale, grad.numel(), BLOCK=shape.block, SOFTWARE_BF16=_software_bf16(grad),
-            **_options(shape))
+        with torch.cuda.device_of(grad):
+            _scale_kernel[(triton.cdiv(grad.numel(), shape.block),)](
+                grad, scale, grad.numel(), BLOCK=shape.block, SOFTWARE_BF16=_software_bf16(grad), **_options(shape))
     return grad
 
 
@@ -386,12 +392,13 @@ def _stream(logits: Tensor, targets: Tensor, scale: Tensor | None, ignore_index:
     if scale is not None:
         grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
     if num_rows:
-        shape = streaming_shape(num_classes, logits.element_size())
-        _streaming_kernel[(num_rows,)](
-            logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index, label_smoothing,
-            z_loss, softcap, V=num_classes, BLOCK=shape.block, GROUP=BYTES_PER_ACCESS // logits.element_size(),
-            ALIGNED=_aligned(logits), WITH_GRADIENT=scale is not None,
-            **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
+        shape = streaming_shape(num_classes, logits.element_size(), aligned=_aligned(logits))
+        with torch.cuda.device_of(logits):
+            _streaming_kernel[(num_rows,)](
+                logits, targets.contiguous(), scale, losses, lse, grads, logits.stride(0), ignore_index,
+                label_smoothing, z_loss, softcap, V=num_classes, BLOCK=shape.block,
+                GROUP=BYTES_PER_ACCESS // logits.element_size(), ALIGNED=_aligned(logits),
+                WITH_GRADIENT=scale is not None, **_flags(logits, label_smoothing, z_loss, softcap), **_options(shape))
     return losses, lse, grads
 
 
@@ -412,10 +419,12 @@ def _aligned(logits: Tensor) -> bool:
 
 
 def _options(shape: Shape, holds_row: bool = False) -> dict[str, int]:
+    # Every launch sits in `torch.cuda.device_of`: Triton launches on the current device, wherever the tensors are.
     if torch.version.hip:
         return {"num_warps": max(1, shape.threads // 64)}
-    # Left alone, the compiler gives 256 threads a few registers over the 128 with which two programs fit.
-    return {"num_warps": shape.threads // 32} | ({"maxnreg": 128} if holds_row and shape.threads == 256 else {})
+    # Left alone, the compiler takes a few registers over the number with which two programs fit.
+    limit = {(256, True): 128, (512, False): 64}.get((shape.threads, holds_row))
+    return {"num_warps": shape.threads // 32} | ({"maxnreg": limit} if limit else {})
 
 
 def _check_device(tensor: Tensor) -> None:

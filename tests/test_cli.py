@@ -13,12 +13,38 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--tokenizer", "bytes", "--seq-len", "32", "--batch-size", "4", "--num-layers", "1", "--num-heads", "2", "--num-kv-heads", "1",
-         "--hidden-size", "32", "--warmup-steps", "2", "--eval-every-steps", "0", "--val-fraction", "0.2"]
+SMALL = [
+    "--tokenizer",
+    "bytes",
+    "--seq-len",
+    "32",
+    "--batch-size",
+    "4",
+    "--num-layers",
+    "1",
+    "--num-heads",
+    "2",
+    "--num-kv-heads",
+    "1",
+    "--hidden-size",
+    "32",
+    "--warmup-steps",
+    "2",
+    "--eval-every-steps",
+    "0",
+    "--val-fraction",
+    "0.2",
+]
 
 
 def fasttrain(*arguments: str | Path, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-m", "fasttrain", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-m", "fasttrain", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -34,7 +60,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     for number in range(12):
         (folder / "text" / f"{number}.txt").write_text(f"number {number} is a number. " * 40)
-    fasttrain("train", "--data", "text", "--out", "run", "--max-steps", "30", "--save-every-steps", "10", *SMALL, cwd=folder)
+    fasttrain(
+        "train", "--data", "text", "--out", "run", "--max-steps", "30", "--save-every-steps", "10", *SMALL, cwd=folder
+    )
     return folder
 
 
@@ -51,8 +79,24 @@ def test_the_same_command_with_more_steps_continues(workplace: Path) -> None:
 def test_eval_prints_the_same_result_for_any_batch_size(workplace: Path) -> None:
     results = []
     for size in ("1", "7"):
-        done = fasttrain("eval", "--checkpoint", "run", "--data", "text", "--val-fraction", "0.2", "--batch-size", size, cwd=workplace)
-        results.append({name: float(value) for name, value in re.findall(r"(loss|bits_per_byte|num_targets) +([\d.]+)", done.stdout)})
+        done = fasttrain(
+            "eval",
+            "--checkpoint",
+            "run",
+            "--data",
+            "text",
+            "--val-fraction",
+            "0.2",
+            "--batch-size",
+            size,
+            cwd=workplace,
+        )
+        results.append(
+            {
+                name: float(value)
+                for name, value in re.findall(r"(loss|bits_per_byte|num_targets) +([\d.]+)", done.stdout)
+            }
+        )
     assert results[0]["num_targets"] == results[1]["num_targets"] > 0
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6) and 0 < results[0]["loss"] < 6
 
@@ -80,14 +124,17 @@ def test_doctor_says_what_runs_here_and_why(workplace: Path) -> None:
         assert part in text
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["train", "--data", "nowhere.txt", "--out", "x", *SMALL], "nowhere.txt"),
-    (["train", "--data", "text", "--out", "x", *SMALL, "--lr", "-1"], "lr is -1.0"),
-    (["train", "--data", "text", "--out", "x", *SMALL, "--config-file", "missing.toml"], "missing.toml"),
-    (["generate", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere"),
-    (["generate", "--checkpoint", "text", "--prompt", "a"], "holds no checkpoint"),
-    (["generate", "--checkpoint", "run", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "nowhere.txt", "--out", "x", *SMALL], "nowhere.txt"),
+        (["train", "--data", "text", "--out", "x", *SMALL, "--lr", "-1"], "lr is -1.0"),
+        (["train", "--data", "text", "--out", "x", *SMALL, "--config-file", "missing.toml"], "missing.toml"),
+        (["generate", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere"),
+        (["generate", "--checkpoint", "text", "--prompt", "a"], "holds no checkpoint"),
+        (["generate", "--checkpoint", "run", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(workplace: Path, arguments: list[str], message: str) -> None:
     done = fasttrain(*arguments, cwd=workplace, ok=False)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
@@ -95,18 +142,49 @@ def test_bad_input_is_one_line_and_status_2(workplace: Path, arguments: list[str
 
 def test_a_config_file_gives_the_defaults_and_flags_override_it(workplace: Path) -> None:
     (workplace / "fast.toml").write_text("max_steps = 4\nlog_every_steps = 1\nlr = 0.01\n")
-    fasttrain("train", "--data", "text", "--out", "from-file", "--config-file", "fast.toml", *SMALL, "--max-steps", "3", cwd=workplace)
+    fasttrain(
+        "train",
+        "--data",
+        "text",
+        "--out",
+        "from-file",
+        "--config-file",
+        "fast.toml",
+        *SMALL,
+        "--max-steps",
+        "3",
+        cwd=workplace,
+    )
     records = (workplace / "from-file/metrics.jsonl").read_text().splitlines()
     assert len([line for line in records if '"train"' in line]) == 3
     (workplace / "typo.toml").write_text("max_step = 4\n")
-    done = fasttrain("train", "--data", "text", "--out", "y", "--config-file", "typo.toml", *SMALL, cwd=workplace, ok=False)
+    done = fasttrain(
+        "train", "--data", "text", "--out", "y", "--config-file", "typo.toml", *SMALL, cwd=workplace, ok=False
+    )
     assert done.returncode == 2 and "did you mean 'max_steps'" in done.stderr
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_continues(workplace: Path, number: signal.Signals, status: int) -> None:
-    command = ["train", "--data", "text", "--out", f"signal-{status}", "--max-steps", "100000", "--log-every-steps", "1", *SMALL]
-    process = subprocess.Popen([sys.executable, "-m", "fasttrain", *command], cwd=workplace, stdout=subprocess.PIPE, text=True, env=environment())
+    command = [
+        "train",
+        "--data",
+        "text",
+        "--out",
+        f"signal-{status}",
+        "--max-steps",
+        "100000",
+        "--log-every-steps",
+        "1",
+        *SMALL,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fasttrain", *command],
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
     metrics = workplace / f"signal-{status}/metrics.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):

@@ -12,8 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments: str | Path) -> str:
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -26,7 +31,10 @@ def test_own_model_trains_and_writes(tmp_path: Path) -> None:
 
 
 def test_own_loop_compiles_to_one_graph_and_learns() -> None:
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run("examples/own_loop.py", "--steps", "60", "--backend", "aot_eager"))]
+    losses = [
+        float(loss)
+        for loss in re.findall(r"loss ([\d.]+)", run("examples/own_loop.py", "--steps", "60", "--backend", "aot_eager"))
+    ]
     assert losses[-1] < 0.6 * losses[0]
 
 

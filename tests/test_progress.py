@@ -41,11 +41,18 @@ def test_a_file_gets_plain_lines_at_intervals_and_always_the_last(tmp_path: Path
 
 def test_a_terminal_gets_one_line_that_is_redrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setattr("fasttrain.progress._REDRAW_SECONDS", 0.0)
     output = shown(Terminal())
     drawn = [line for line in re.split(r"\r\x1b\[K|\n", output) if re.match(r"step \d/6", line)]
     assert len(drawn) >= 6
     assert all(len(line) < 70 for line in drawn)
     assert "\n".join(drawn[-2:]) not in output  # no newline between two states of the line
+
+
+def test_a_fast_run_does_not_redraw_for_every_record() -> None:
+    output = shown(Terminal())
+    drawn = re.findall(r"\x1b\[Kstep (\d)/6", output)
+    assert drawn[-1] == "6" and len(drawn) <= 4
 
 
 def test_a_message_does_not_break_the_live_line() -> None:

@@ -28,7 +28,9 @@ from tiny_runs import (
 )
 from torch import nn
 
+from fasttrain.assembly import build_optimizer
 from fasttrain.callbacks import Callback, SampleText, read_records
+from fasttrain.checkpointing import read_manifest
 from fasttrain.config import TrainConfig
 from fasttrain.losses import batch_loss
 from fasttrain.tokenization import ByteTokenizer
@@ -119,6 +121,24 @@ def test_a_chain_of_stops_over_three_epochs_changes_nothing(tmp_path: Path, make
     assert first_difference(final_trees(straight), final_trees(trainer)) == ""
 
 
+def test_a_signal_during_an_evaluation_loses_neither_the_run_nor_the_evaluation(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "eval_every_steps": 2, "val_dataloader": token_loader(3)}
+
+    def evaluations(directory: Path) -> list[Any]:
+        return [(record["step"], record["loss"]) for record in read_records(directory / "metrics.jsonl")
+                if record["kind"] == "eval"]
+
+    straight = tiny_trainer(tmp_path / "straight", loss_fn=signalling_loss(set()), **settings)
+    straight.train()
+    # Two training batches, then the evaluation's: the third call is in its middle.
+    first = tiny_trainer(tmp_path / "cut", loss_fn=signalling_loss({3}), **settings).train()
+    assert (first.status, first.step, evaluations(tmp_path / "cut")) == ("interrupted", 2, [])
+    second = tiny_trainer(tmp_path / "cut", loss_fn=signalling_loss(set()), **settings)
+    assert second.train().status == "completed"
+    assert evaluations(tmp_path / "cut") == evaluations(tmp_path / "straight")
+    assert first_difference(final_trees(straight), final_trees(second)) == ""
+
+
 def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
@@ -199,6 +219,36 @@ def test_more_steps_in_the_config_continue_a_finished_run(tmp_path: Path, capsys
     assert longer.state is not None and longer.state.optimizer.param_groups[0]["lr"] == 5e-3  # the new value is taken
 
 
+def test_a_longer_schedule_takes_hold_with_the_first_resumed_step(tmp_path: Path) -> None:
+    tiny_trainer(tmp_path, schedule="linear", log_every_steps=1).train()
+    tiny_trainer(tmp_path, schedule="linear", log_every_steps=1, max_steps=11).train()
+    rates = [record["lr"] for record in train_records(tmp_path)]
+    assert rates == pytest.approx([1e-2 * (1 - step / 5) for step in range(6)]
+                                  + [1e-2 * (1 - step / 10) for step in range(6, 11)])
+
+
+def test_a_model_that_the_user_compiled_trains_and_its_checkpoints_fit_the_plain_one(tmp_path: Path) -> None:
+    compiled = torch.compile(Bigram(), backend="eager")
+    trainer = tiny_trainer(tmp_path, model=compiled, val_dataloader=token_loader(1))  # type: ignore[arg-type]
+    trained = trainer.train()
+    plain = Trainer(Bigram(seed=4), val_dataloader=token_loader(1), config={"precision": "float32"})
+    plain.load_checkpoint(tmp_path)
+    assert plain.evaluate().loss == pytest.approx(trained.val_loss)
+    again = Trainer(torch.compile(Bigram(seed=5), backend="eager"), val_dataloader=token_loader(1),  # type: ignore[arg-type]
+                    config={"precision": "float32"})
+    again.load_checkpoint(tmp_path)
+    assert again.evaluate().loss == plain.evaluate().loss
+
+
+def test_weight_decay_is_for_matrices_and_every_parameter_is_held_once() -> None:
+    model = nn.Sequential(Bigram(), nn.LayerNorm(29))
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3, lr=0.02, betas=(0.7, 0.8)))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "0.table.weight": 0.3, "0.head.weight": 0.3, "0.head.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}
+    assert all(group["lr"] == 0.02 and group["betas"] == (0.7, 0.8) for group in optimizer.param_groups)
+
+
 def test_weights_load_without_data_and_the_full_state_with_it(tmp_path: Path) -> None:
     trained = tiny_trainer(tmp_path)
     trained.train()
@@ -223,6 +273,23 @@ def test_the_newest_checkpoint_is_passed_over_loudly_if_it_is_damaged(
     assert again.train().status == "completed"
     assert again.resumed_from is not None and again.resumed_from.name.endswith("3")
     assert newest.name in capsys.readouterr().out
+
+
+def test_the_newest_two_and_the_best_checkpoint_stay_each_with_its_validation_loss(tmp_path: Path) -> None:
+    model = tiny_gpt()
+    worse: list[float] = [0.0]
+
+    def drifting(model: nn.Module, batch: Any) -> Any:
+        loss_sum, count = batch_loss(model, batch)
+        if not model.training:  # the validation loss is best at step 2 and worse from then on
+            worse[0] += 1
+            return loss_sum * 0 + abs(worse[0] - 2) * count, count
+        return loss_sum, count
+
+    tiny_trainer(tmp_path, model=model, loss_fn=drifting, val_dataloader=token_loader(1), eval_every_steps=1,
+                 save_every_steps=1, keep_last=2, keep_best=1).train()
+    losses = {path.name[-1]: read_manifest(path).metadata["val_loss"] for path in sorted(tmp_path.glob("step-*"))}
+    assert losses == {"2": 0.0, "5": 3.0, "6": 4.0}
 
 
 def test_a_failing_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -307,6 +374,21 @@ def test_verify_resume_leaves_buffers_alone_that_the_constructor_makes() -> None
             return super().forward(input_ids) * self.scale
 
     assert tiny_trainer(model=WithTable()).verify_resume().ok
+
+
+def test_verify_resume_notices_what_loading_does_not_bring_back() -> None:
+    class Stubborn(Bigram):
+        """Its second loading, the one from the checkpoint, misses a parameter that the memory still holds rightly."""
+
+        loadings = 0
+
+        def load_state_dict(self, state: Any, **options: Any) -> Any:  # type: ignore[override]
+            self.loadings += 1
+            kept = {"head.bias": self.head.bias} if self.loadings == 2 else {}
+            return super().load_state_dict({**state, **kept}, **options)
+
+    outcome = tiny_trainer(model=Stubborn()).verify_resume()
+    assert not outcome.ok and outcome.first_difference.startswith("model.")
 
 
 def test_verify_resume_notices_a_loader_that_loses_its_place() -> None:

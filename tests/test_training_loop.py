@@ -23,6 +23,7 @@ from tiny_runs import (
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fasttrain.batch_stream import BatchStream, peek_batches
 from fasttrain.callbacks import Callback, Hooks
@@ -244,16 +245,11 @@ class ScalarReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def plain_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    loss = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=IGNORE, reduction="sum")
-    return loss, (batch[1] != IGNORE).sum()
-
-
 def test_the_host_reads_no_device_value_between_logs() -> None:
     state = make_state([(X, Y)] * 3, tiny_gpt())
-    fit(state, TrainConfig(max_steps=1), Parts(loss_fn=plain_loss))
+    fit(state, TrainConfig(max_steps=1))
     with ScalarReads() as reads:
-        fit(state, TrainConfig(max_steps=11, grad_accum_steps=2, log_every_steps=100), Parts(loss_fn=plain_loss))
+        fit(state, TrainConfig(max_steps=11, grad_accum_steps=2, log_every_steps=100))
     assert state.step == 11 and reads.count == 0
     with ScalarReads() as reads:
         X.sum().item()
@@ -387,6 +383,29 @@ def test_a_loaders_own_generator_is_replayed_and_put_back() -> None:
     resumed = make()
     resumed.load_state_dict(copy_of(stopped.state_dict()))
     assert all(torch.equal(resumed.next_batch()[0], batch) for batch in expected[4:])  # type: ignore[index]
+
+
+def test_samplers_are_told_the_epoch() -> None:
+    data = TensorDataset(torch.arange(6))
+    sampler: Any = DistributedSampler(data, num_replicas=1, rank=0, shuffle=True)
+    stream = BatchStream(DataLoader(data, batch_size=6, sampler=sampler))
+    epochs = [stream.next_batch()[0].tolist() for _ in range(3)]  # type: ignore[index]
+    expected = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        expected.append(list(sampler))
+    assert epochs == expected and epochs[0] != epochs[1]
+
+
+def test_the_last_checkpoint_knows_the_last_validation_loss() -> None:
+    """Also where the end is seen only when no further batch comes, after the step's own checkpoint."""
+    for limits, saves in (({"max_steps": 4}, [2, 4]), ({"max_epochs": 2}, [2, 4, 4])):
+        state = make_state(token_loader(2), max_epochs=limits.get("max_epochs", 0))
+        saved: list[tuple[int, float]] = []
+        fit(state, TrainConfig(**limits, save_every_steps=2), Parts(  # type: ignore[arg-type]
+            evaluate=lambda: EvalResult(1.5, 1.0, None, None, 1),
+            save=lambda: saved.append((state.step, state.counters.last_val_loss))))  # noqa: B023
+        assert [step for step, _ in saved] == saves and saved[-1][1] == 1.5
 
 
 def test_data_that_can_be_read_once_end_the_run_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:

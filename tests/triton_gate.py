@@ -33,8 +33,10 @@ def run_interpreted(test_file: str | Path, *arguments: str, timeout: float = 280
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode != 0:
-        raise AssertionError(f"{' '.join(command)} under TRITON_INTERPRET=1 exited with {done.returncode}:\n"
-                             f"{done.stdout[-6000:]}{done.stderr[-2000:]}")
+        raise AssertionError(
+            f"{' '.join(command)} under TRITON_INTERPRET=1 exited with {done.returncode}:\n"
+            f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
+        )
 
 
 # ---- the interpreter: bytes, bounds, races -------------------------------------------------------------------------
@@ -65,8 +67,12 @@ class _Argument:
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.name, self.itemsize = name, tensor.element_size()
         self.start = tensor.data_ptr()
-        self.extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
-        self.dims = sorted(((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if stride > 0), reverse=True)
+        self.extent = (
+            1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        )
+        self.dims = sorted(
+            ((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if stride > 0), reverse=True
+        )
         self._touched: dict[str, np.ndarray] = {}
 
     def holds(self, address: int) -> bool:
@@ -88,8 +94,10 @@ class _Argument:
             previous = self._touched[kind][offsets] if kind in self._touched else np.array([self.NOBODY])
             other = (previous != self.NOBODY) & (previous != program)
             if other.any():
-                raise MemoryFault(f"race on {self.name}: program {program} {how[:-3]}es what program {previous[other][0]} "
-                                  f"touched in the same launch ({kind})".replace("reades", "reads"))
+                raise MemoryFault(
+                    f"race on {self.name}: program {program} {how[:-3]}es what program {previous[other][0]} "
+                    f"touched in the same launch ({kind})".replace("reades", "reads")
+                )
         if how not in self._touched:
             if self.extent > 1 << 28:  # a huge-stride view: tracking it would take gigabytes
                 return
@@ -99,7 +107,7 @@ class _Argument:
 
 
 @contextlib.contextmanager
-def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterator[Traffic]:  # noqa: B006
+def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterator[Traffic]:
     """Counts the bytes of every interpreted kernel launched inside, and checks each access.
 
     `reachable` names tensors that a kernel finds through addresses in a table and not among its arguments.
@@ -114,8 +122,10 @@ def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterato
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     traffic = Traffic()
     arguments: list[_Argument] = []
-    original = {name: getattr(builder, name) for name in
-                ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")}
+    original = {
+        name: getattr(builder, name)
+        for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
+    }
     original_init, original_restore = executor._init_args_hst, executor._restore_args_dev
 
     def init_arguments(self: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -137,8 +147,10 @@ def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterato
         owner = next((argument for argument in arguments if argument.holds(int(addresses[0]))), None)
         offsets = owner.offsets(addresses) if owner else None
         if owner is None or offsets is None:
-            raise MemoryFault(f"program {self.grid_idx} accesses memory outside "
-                              f"{owner.name if owner else 'every argument'} of {traffic.launches[-1]}")
+            raise MemoryFault(
+                f"program {self.grid_idx} accesses memory outside "
+                f"{owner.name if owner else 'every argument'} of {traffic.launches[-1]}"
+            )
         for counter in effects:
             counter[owner.name] += addresses.size * owner.itemsize
         if tracked:
@@ -161,8 +173,12 @@ def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterato
         observe(self, pointer, np.True_, [traffic.loaded, traffic.stored], None)
         return original["create_atomic_cas"](self, pointer, *rest)
 
-    replaced = {"create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic_rmw,
-                "create_atomic_cas": atomic_cas}
+    replaced = {
+        "create_masked_load": load,
+        "create_masked_store": store,
+        "create_atomic_rmw": atomic_rmw,
+        "create_atomic_cas": atomic_cas,
+    }
     try:
         for name, function in replaced.items():
             setattr(builder, name, function)
@@ -211,7 +227,7 @@ class Compiled:
     """Local (scratch) memory per thread."""
     shared_bytes: int
     wide_share: float
-    """Share of the element-wise global accesses that move at least 128 bits; loads and stores of scalars do not count."""
+    """Share of the element-wise global accesses that move at least 128 bits; those of scalars do not count."""
     instructions_per_element: float
     """Machine instructions per element loaded: over the loops that load, or over the whole kernel if it has none."""
     special_per_element: float
@@ -223,7 +239,16 @@ class Compiled:
 
 _NVIDIA_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 _NVIDIA_WIDTHS = ((".256", 32), (".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1))
-_AMD_WIDTHS = (("dwordx4", 16), ("dwordx3", 12), ("dwordx2", 8), ("dword", 4), ("short", 2), ("ushort", 2), ("byte", 1), ("ubyte", 1))
+_AMD_WIDTHS = (
+    ("dwordx4", 16),
+    ("dwordx3", 12),
+    ("dwordx2", 8),
+    ("dword", 4),
+    ("short", 2),
+    ("ushort", 2),
+    ("byte", 1),
+    ("ubyte", 1),
+)
 
 
 @dataclass(frozen=True)
@@ -236,8 +261,18 @@ class _Instruction:
     store_bytes: int = 0
 
 
-def compile_for(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], target: str, *,
-                element_size: int, num_warps: int, aligned: bool = True, max_registers: int | None = None, fp_fusion: bool = True) -> Compiled:
+def compile_for(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    target: str,
+    *,
+    element_size: int,
+    num_warps: int,
+    aligned: bool = True,
+    max_registers: int | None = None,
+    fp_fusion: bool = True,
+) -> Compiled:
     """Compiles a @triton.jit function for a target of `DEVICES` and reads what came out.
 
     Args:
@@ -257,8 +292,11 @@ def compile_for(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[s
     device = DEVICES[target]
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     divisible = [["tt.divisibility", 16]]
-    attributes = {(index,): divisible for index, name in enumerate(kernel.arg_names)
-                  if aligned and (types[name].startswith("*") or types[name] in ("i32", "i64"))}
+    attributes = {
+        (index,): divisible
+        for index, name in enumerate(kernel.arg_names)
+        if aligned and (types[name].startswith("*") or types[name] in ("i32", "i64"))
+    }
     values = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
     source = ASTSource(kernel, types, values, attributes)
     warps = max(1, num_warps * 32 // device.warp_size)
@@ -277,26 +315,44 @@ def compile_for(kernel: Any, signature: Mapping[str, str], constexprs: Mapping[s
     widths = [width for i in instructions for width in (i.load_bytes, i.store_bytes) if width]
     num_wide = sum(width >= 16 for width in widths)
     per_element, special = _per_element(instructions, element_size)
-    return Compiled(target, registers, spills, local_bytes, compiled.metadata.shared,
-                    num_wide / max(num_wide, len(widths) - num_scalar, 1), per_element, special,
-                    occupancy(device, registers, warps * device.warp_size, compiled.metadata.shared),
-                    sum(bool(re.match(r"(RED|ATOMG?)\b.*\.F(16|32|64)|global_atomic_.*f(16|32|64)", i.name)) for i in instructions))
+    return Compiled(
+        target,
+        registers,
+        spills,
+        local_bytes,
+        compiled.metadata.shared,
+        num_wide / max(num_wide, len(widths) - num_scalar, 1),
+        per_element,
+        special,
+        occupancy(device, registers, warps * device.warp_size, compiled.metadata.shared),
+        sum(bool(re.match(r"(RED|ATOMG?)\b.*\.F(16|32|64)|global_atomic_.*f(16|32|64)", i.name)) for i in instructions),
+    )
 
 
 def occupancy(device: Device, registers: int, threads: int, shared_bytes: int) -> int:
     """Programs per multiprocessor, from the three resources that limit it."""
     allocated = -(-max(registers, 1) // device.register_granule) * device.register_granule
-    by_shared = device.shared_bytes // (shared_bytes + 1024) if device.backend == "cuda" else (
-        device.shared_bytes // shared_bytes if shared_bytes else 32)
+    by_shared = (
+        device.shared_bytes // (shared_bytes + 1024)
+        if device.backend == "cuda"
+        else (device.shared_bytes // shared_bytes if shared_bytes else 32)
+    )
     return min(device.registers // (allocated * threads), by_shared, device.threads // threads, 32)
 
 
 def _per_element(instructions: Sequence[_Instruction], element_size: int) -> tuple[float, float]:
     starts = {instruction.label: index for index, instruction in enumerate(instructions) if instruction.label}
-    loops = [(starts[i.jumps_to], index) for index, i in enumerate(instructions)
-             if i.jumps_to in starts and starts[i.jumps_to] < index]
-    innermost = [loop for loop in loops if not any(loop[0] <= other[0] and other[1] <= loop[1] and other != loop for other in loops)]
-    bodies = [instructions[first:last + 1] for first, last in innermost]
+    loops = [
+        (starts[i.jumps_to], index)
+        for index, i in enumerate(instructions)
+        if i.jumps_to in starts and starts[i.jumps_to] < index
+    ]
+    innermost = [
+        loop
+        for loop in loops
+        if not any(loop[0] <= other[0] and other[1] <= loop[1] and other != loop for other in loops)
+    ]
+    bodies = [instructions[first : last + 1] for first, last in innermost]
     bodies = [body for body in bodies if any(i.load_bytes for i in body)] or [instructions]
     per_element = special = 0.0
     for body in bodies:
@@ -321,9 +377,19 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[_Instruction]]:
             name, operands = found.groups()
             width = next((size for suffix, size in _NVIDIA_WIDTHS if suffix in name), 4)
             jump = re.search(r"`\((\.L_x_\d+)\)", operands) if name.startswith("BRA") else None
-            instructions.append(_Instruction(name, label, jump.group(1) if jump else None, width * name.startswith("LDG"), width * name.startswith("STG")))
+            instructions.append(
+                _Instruction(
+                    name,
+                    label,
+                    jump.group(1) if jump else None,
+                    width * name.startswith("LDG"),
+                    width * name.startswith("STG"),
+                )
+            )
             label = None
-    while instructions and (instructions[-1].name == "NOP" or instructions[-1].jumps_to == instructions[-1].label is not None):
+    while instructions and (
+        instructions[-1].name == "NOP" or instructions[-1].jumps_to == instructions[-1].label is not None
+    ):
         instructions.pop()  # padding after the end: a jump to itself and NOPs
     return registers, stack + local, instructions
 
@@ -351,9 +417,15 @@ def _read_amdgcn(assembly: str) -> tuple[int, int, list[_Instruction]]:
             name, operands = found.groups()
             width = next((size for suffix, size in _AMD_WIDTHS if name.endswith(suffix) or f"_{suffix}_" in name), 4)
             jump = re.search(r"(\.LBB\w+)", operands) if "branch" in name else None
-            instructions.append(_Instruction(name, label, jump.group(1) if jump else None,
-                                             width * bool(re.match(r"(global|buffer|flat)_load", name)),
-                                             width * bool(re.match(r"(global|buffer|flat)_store", name))))
+            instructions.append(
+                _Instruction(
+                    name,
+                    label,
+                    jump.group(1) if jump else None,
+                    width * bool(re.match(r"(global|buffer|flat)_load", name)),
+                    width * bool(re.match(r"(global|buffer|flat)_store", name)),
+                )
+            )
             label = None
     return registers, scratch, instructions
 
@@ -374,6 +446,10 @@ def modelled_time(num_bytes: float, num_elements: float, compiled: Compiled) -> 
 
     It assumes that the three overlap perfectly and that enough bytes are in flight.
     """
-    return _binding((("memory", num_bytes / H100["memory"]),
-                     ("issue", num_elements * compiled.instructions_per_element / H100["issue"]),
-                     ("special", num_elements * compiled.special_per_element / H100["special"])))
+    return _binding(
+        (
+            ("memory", num_bytes / H100["memory"]),
+            ("issue", num_elements * compiled.instructions_per_element / H100["issue"]),
+            ("special", num_elements * compiled.special_per_element / H100["special"]),
+        )
+    )

@@ -80,9 +80,9 @@ def kernel_update(namespace: str, members: list[Member], terms: list[Terms], mul
         None if skip is None else skip.to(device, torch.float32), seed, zero_grads)
 
 
-def _register(namespace: str, triton_device: str) -> torch.library.Library:
+def _register(namespace: str, triton_device: str) -> Any:
     """The two ops in one namespace: schema, shapes for tracing, and the Triton launchers for one device."""
-    library = torch.library.Library(namespace, "FRAGMENT")
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define("adamw_norm(Tensor[] grads) -> Tensor")
     library.define("adamw_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
                    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] scales, Tensor(f!)[] steps, Tensor(g!)[] emas, "

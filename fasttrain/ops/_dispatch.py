@@ -43,7 +43,8 @@ def problem(op: str, impl: str, device_type: str) -> str:
         return CPP_PROBLEM or ("" if device_type == "cpu" else f"cpp runs on CPU tensors, not on {device_type}")
     if impl == "triton":
         usable = device_type == "cuda" or (device_type == "cpu" and TRITON_INTERPRETED)
-        return TRITON_PROBLEM or ("" if usable else f"triton runs on CUDA tensors, not on {device_type} (TRITON_INTERPRET=1 runs it on the CPU)")
+        return TRITON_PROBLEM or ("" if usable else f"triton runs on CUDA tensors, not on {device_type} "
+                                                    "(TRITON_INTERPRET=1 runs it on the CPU)")
     return ""
 
 

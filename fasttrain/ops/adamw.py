@@ -23,7 +23,7 @@ from ..utils import on_host, read_scalar
 from ._adamw_kernels import Member, Terms, kernel_norm, kernel_update, takes
 from ._adamw_moments import MOMENTS, SCALES, keep, new_moments, round_stochastically, wide_dtype, widened
 from ._adamw_plain import adamw_reference, fused_is_right, update_fused, update_reference
-from ._dispatch import IMPLEMENTATIONS, Impl, resolve
+from ._dispatch import FORCED_IMPL, IMPLEMENTATIONS, Impl, resolve
 
 __all__ = ["AdamW", "Shard", "Terms", "adamw_reference", "global_norm", "round_stochastically"]
 
@@ -100,14 +100,16 @@ class AdamW(Optimizer):
         ):
             if not holds:
                 raise ValueError(f"AdamW: {name} is {value!r}; it {rule}")
-        self.max_grad_norm, self.ema_decay, self.impl = max_grad_norm, ema_decay, impl
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.impl = "reference" if impl == "auto" and FORCED_IMPL == "reference" else impl
         self.state_dtype, self.rounding_seed, self.shards = state_dtype, 0, {}
         self.grad_norm = self.last_found_inf = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
                                   "maximize": False})
-        for group in self.param_groups:
-            for p in group["params"]:
-                resolve("adamw", impl, p)  # an impl that cannot serve is refused now, not in step 1
+        if impl != "auto":  # one that cannot serve is refused now, not in step 1
+            for group in self.param_groups:
+                for p in group["params"]:
+                    resolve("adamw", impl, p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | float | None = None,

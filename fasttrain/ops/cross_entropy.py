@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import TRITON_INTERPRETED
+from ..utils import on_host, read_scalar
 from ._dispatch import IMPLEMENTATIONS, Impl, resolve
 
 Reduction = Literal["mean", "sum", "none"]
@@ -68,7 +69,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
     chosen = resolve("cross_entropy", impl, logits)
     terms = Terms(ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
     targets = targets.long()
-    kernels = torch.ops.fasttrain_interpreted if chosen == "triton" and logits.device.type == "cpu" else torch.ops.fasttrain
+    interpreted = chosen == "triton" and logits.device.type == "cpu"
+    kernels: Any = torch.ops.fasttrain_interpreted if interpreted else torch.ops.fasttrain
     if logits.stride(1) != 1 and logits.size(1) != 1:
         logits = logits.contiguous()
     targets = targets.contiguous()
@@ -86,7 +88,8 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, terms: Terms, reduc
     x = logits if logits.dtype == torch.float64 else logits.float()  # (N, V)
     if terms.softcap:
         x = terms.softcap * torch.tanh(x / terms.softcap)
-    losses = F.cross_entropy(x, targets, ignore_index=terms.ignore_index, label_smoothing=terms.label_smoothing, reduction="none")  # (N,)
+    losses = F.cross_entropy(x, targets, ignore_index=terms.ignore_index, label_smoothing=terms.label_smoothing,
+                             reduction="none")  # (N,)
     counted = targets != terms.ignore_index
     if terms.z_loss:
         losses = losses + torch.where(counted, terms.z_loss * torch.logsumexp(x, dim=1).square(), 0.0)
@@ -97,15 +100,18 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor, terms: Terms, reduc
 
 def _run(kernels: Any, logits: Tensor, targets: Tensor, terms: Terms, reduction: Reduction) -> Tensor:
     if reduction == "none":
-        return kernels.cross_entropy_forward(logits, targets, *terms)[0]
+        losses: Tensor = kernels.cross_entropy_forward(logits, targets, *terms)[0]
+        return losses
     scale = torch.ones((), dtype=_loss_dtype(logits), device=logits.device)
     if reduction == "mean":
         scale = scale / (targets != terms.ignore_index).sum()
     # Making the gradient in the forward saves a pass, unless it must be rescaled in the backward: inside a compiled
     # graph that is always so (the incoming gradient is not known to be 1), hence the two separate ops there.
     if logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _GradientInForward.apply(logits, targets, scale, terms, kernels)
-    return kernels.cross_entropy_forward(logits, targets, *terms)[0].sum() * scale
+        loss: Tensor = _GradientInForward.apply(logits, targets, scale, terms, kernels)  # type: ignore[no-untyped-call]
+    else:
+        loss = kernels.cross_entropy_forward(logits, targets, *terms)[0].sum() * scale
+    return loss
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -116,19 +122,24 @@ class _GradientInForward(torch.autograd.Function):
         losses, lse, gradient = kernels.cross_entropy_fused(logits, targets, scale, *terms)
         ctx.save_for_backward(logits, targets, lse, scale)
         ctx.terms, ctx.kernels, ctx.gradient = terms, kernels, gradient
-        return losses.sum() * scale
+        total: Tensor = losses.sum() * scale
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: a gradient without a graph would silently drop terms
-            raise RuntimeError("cross_entropy has no second derivative in its compiled form; use impl='reference' with create_graph=True")
+            raise RuntimeError("cross_entropy has no second derivative in its compiled form; use impl='reference' with "
+                               "create_graph=True")
         logits, targets, lse, scale = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None  # handed out once: its receiver may write to it
         if gradient is None:  # a second backward over a retained graph
             row_gradients = (grad_output * scale).expand_as(lse)
             gradient = ctx.kernels.cross_entropy_backward(row_gradients, logits, targets, lse, *ctx.terms)
-        elif gradient.device.type != "cpu" or grad_output.item() != 1.0:  # reading a CPU scalar waits for nobody
-            gradient.mul_(grad_output.to(gradient.dtype) if gradient.device.type == "cpu" else grad_output)
+        elif on_host(gradient.device):
+            if read_scalar(grad_output.detach()) != 1.0:
+                gradient.mul_(grad_output)
+        else:
+            _triton().scale_inplace(gradient, grad_output)  # the device looks whether it is 1: nobody waits
         return gradient, None, None, None, None
 
 
@@ -136,13 +147,16 @@ def _loss_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _check(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str) -> None:
+def _check(logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, softcap: float | None,
+           reduction: str) -> None:
     if logits.dim() != 2:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (N, V): flatten with logits.view(-1, V)")
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (N, V): flatten with "
+                         "logits.view(-1, V)")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"logits are {logits.dtype}; they must be float32, bfloat16, float16 or float64")
     if targets.dim() != 1 or targets.size(0) != logits.size(0):
-        raise ValueError(f"targets have shape {tuple(targets.shape)}; they must be (N,) = ({logits.size(0)},), one per row of logits")
+        raise ValueError(f"targets have shape {tuple(targets.shape)}; they must be (N,) = ({logits.size(0)},), one per "
+                         "row of logits")
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets are {targets.dtype}; they must be class ids in int64 (or int32)")
     if targets.device != logits.device:
@@ -163,28 +177,31 @@ def _raise_if_target_out_of_range(targets: Tensor, num_classes: int, ignore_inde
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= num_classes))
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise IndexError(f"targets[{row}] is {int(targets[row])}; a target must be in [0, {num_classes}) (the logits have "
-                         f"{num_classes} classes) or equal ignore_index={ignore_index}") from None
+        raise IndexError(f"targets[{row}] is {int(targets[row])}; a target must be in [0, {num_classes}) (the logits "
+                         f"have {num_classes} classes) or equal ignore_index={ignore_index}") from None
 
 
 _TERMS_SCHEMA = "int ignore_index, float label_smoothing, float z_loss, float softcap"
 
 
-def _register(namespace: str, triton_device: str) -> torch.library.Library:
+def _register(namespace: str, triton_device: str) -> Any:
     """The three ops in one namespace: schema, shapes for tracing, autograd, and the Triton launchers for one device.
 
-    The second result, lse (N,), is float64 from the C++ kernels (so that p - 1 keeps its digits) and float32 from Triton.
+    The second result, lse (N,), is float64 from C++ (so that p - 1 keeps its digits) and float32 from Triton.
     """
-    library = torch.library.Library(namespace, "FRAGMENT")
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(f"cross_entropy_forward(Tensor logits, Tensor targets, {_TERMS_SCHEMA}) -> (Tensor, Tensor)")
-    library.define(f"cross_entropy_fused(Tensor logits, Tensor targets, Tensor scale, {_TERMS_SCHEMA}) -> (Tensor, Tensor, Tensor)")
-    library.define(f"cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor targets, Tensor lse, {_TERMS_SCHEMA}) -> Tensor")
+    library.define(f"cross_entropy_fused(Tensor logits, Tensor targets, Tensor scale, {_TERMS_SCHEMA}) "
+                   "-> (Tensor, Tensor, Tensor)")
+    library.define("cross_entropy_backward(Tensor grad_losses, Tensor logits, Tensor targets, Tensor lse, "
+                   f"{_TERMS_SCHEMA}) -> Tensor")
 
     def lse_dtype(logits: Tensor) -> torch.dtype:
         return torch.float64 if logits.device.type == "cpu" and triton_device != "CPU" else torch.float32
 
     def forward_fake(logits: Tensor, targets: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
-        return logits.new_empty(logits.size(0), dtype=_loss_dtype(logits)), logits.new_empty(logits.size(0), dtype=lse_dtype(logits))
+        losses = logits.new_empty(logits.size(0), dtype=_loss_dtype(logits))
+        return losses, torch.empty_like(losses, dtype=lse_dtype(logits))
 
     def fused_fake(logits: Tensor, targets: Tensor, scale: Tensor, *terms: Any) -> tuple[Tensor, Tensor, Tensor]:
         return *forward_fake(logits, targets), logits.new_empty(logits.shape)
@@ -209,7 +226,8 @@ def _register(namespace: str, triton_device: str) -> torch.library.Library:
     torch.library.register_fake(f"{namespace}::cross_entropy_forward", forward_fake, lib=library)
     torch.library.register_fake(f"{namespace}::cross_entropy_fused", fused_fake, lib=library)
     torch.library.register_fake(f"{namespace}::cross_entropy_backward", backward_fake, lib=library)
-    torch.library.register_autograd(f"{namespace}::cross_entropy_forward", backward, setup_context=setup_context, lib=library)
+    torch.library.register_autograd(f"{namespace}::cross_entropy_forward", backward, setup_context=setup_context,
+                                    lib=library)
     for name in ("cross_entropy_forward", "cross_entropy_fused", "cross_entropy_backward"):
         library.impl(name, _launcher(name), triton_device)
     return library
@@ -219,11 +237,15 @@ def _launcher(name: str) -> Any:
     num_terms = len(Terms._fields)
 
     def launch(*arguments: Any) -> Any:
-        from ..kernels import cross_entropy as kernels  # triton is imported by the first call that needs it
-
-        return getattr(kernels, name)(*arguments[:-num_terms], **dict(zip(Terms._fields, arguments[-num_terms:])))
+        return getattr(_triton(), name)(*arguments[:-num_terms], **dict(zip(Terms._fields, arguments[-num_terms:])))
 
     return launch
+
+
+def _triton() -> Any:
+    from ..kernels import cross_entropy  # triton is imported by the first call that needs it
+
+    return cross_entropy
 
 
 # The CPU kernels of namespace `fasttrain` are the extension's.

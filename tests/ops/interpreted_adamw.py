@@ -34,8 +34,13 @@ def test_triton_is_the_reference_bit_for_bit(dtype: torch.dtype, state_dtype: st
     optimizers = []
     for impl in ("triton", "reference"):
         parameters = make(dtype, SHAPES)
-        groups = [{"params": parameters[:4], "weight_decay": 0.3, "lr": 0.01}, {"params": parameters[4:], "maximize": True}]
-        optimizers.append(AdamW(groups, lr=0.1, betas=(0.8, 0.99), ema_decay=ema_decay, state_dtype=state_dtype, impl=impl))  # type: ignore[arg-type]
+        groups = [
+            {"params": parameters[:4], "weight_decay": 0.3, "lr": 0.01},
+            {"params": parameters[4:], "maximize": True},
+        ]
+        optimizers.append(
+            AdamW(groups, lr=0.1, betas=(0.8, 0.99), ema_decay=ema_decay, state_dtype=state_dtype, impl=impl)
+        )  # type: ignore[arg-type]
         optimizers[-1].rounding_seed = (7 << 32) + 5
     for step in range(3):
         for optimizer in optimizers:
@@ -44,9 +49,18 @@ def test_triton_is_the_reference_bit_for_bit(dtype: torch.dtype, state_dtype: st
         assert_same_bits(*optimizers)
 
 
-@pytest.mark.parametrize(("state_dtype", "zero_grads", "ema_decay", "floor"), [
-    ("float32", False, None, 28), ("bfloat16", False, None, 20), ("float32", True, None, 32), ("float32", False, 0.9, 36)])
-def test_a_step_moves_the_bytes_of_the_table_and_no_more(state_dtype: str, zero_grads: bool, ema_decay: float | None, floor: int) -> None:
+@pytest.mark.parametrize(
+    ("state_dtype", "zero_grads", "ema_decay", "floor"),
+    [
+        ("float32", False, None, 28),
+        ("bfloat16", False, None, 20),
+        ("float32", True, None, 32),
+        ("float32", False, 0.9, 36),
+    ],
+)
+def test_a_step_moves_the_bytes_of_the_table_and_no_more(
+    state_dtype: str, zero_grads: bool, ema_decay: float | None, floor: int
+) -> None:
     parameters = make(shapes=((192, 256), (4096,), (4096, 8)))
     optimizer = AdamW(parameters, state_dtype=state_dtype, ema_decay=ema_decay, impl="triton")
     set_gradients(parameters, 0)

@@ -25,15 +25,31 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
-def compiled_update(param: str, moment: str, target: str, *, ema: bool = False, zero: bool = False, aligned: bool = True) -> Compiled:
+def compiled_update(
+    param: str, moment: str, target: str, *, ema: bool = False, zero: bool = False, aligned: bool = True
+) -> Compiled:
     import triton.language as tl
 
     types = {"fp32": tl.float32, "bf16": tl.bfloat16}
     signature = {"table": "*i64", "factors": "*fp32", "blocks": "*i64", "multiplier": "*fp32", "skip": "*fp32"}
-    constexprs: dict[str, Any] = {"BLOCK": kernels.block_of(DTYPES[moment]), "TYPE": types[param], "MOMENT": types[moment], "ALIGNED": aligned,
-                                  "WITH_EMA": ema, "ZERO": zero, "SOFTWARE_BF16": False}
-    return compile_for(kernels._update_kernel, signature, constexprs, target, element_size=2 if "bf16" in (param, moment) else 4,
-                       num_warps=kernels.NUM_WARPS, fp_fusion=False)
+    constexprs: dict[str, Any] = {
+        "BLOCK": kernels.block_of(DTYPES[moment]),
+        "TYPE": types[param],
+        "MOMENT": types[moment],
+        "ALIGNED": aligned,
+        "WITH_EMA": ema,
+        "ZERO": zero,
+        "SOFTWARE_BF16": False,
+    }
+    return compile_for(
+        kernels._update_kernel,
+        signature,
+        constexprs,
+        target,
+        element_size=2 if "bf16" in (param, moment) else 4,
+        num_warps=kernels.NUM_WARPS,
+        fp_fusion=False,
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -56,8 +72,14 @@ def test_the_norm_has_no_spills_and_only_wide_accesses(target: str) -> None:
     import triton.language as tl
 
     signature = {"table": "*i64", "blocks": "*i64", "sums": "*fp32"}
-    compiled = compile_for(kernels._norm_kernel, signature, {"BLOCK": kernels.BLOCK, "TYPE": tl.float32, "ALIGNED": True}, target,
-                           element_size=4, num_warps=kernels.NUM_WARPS)
+    compiled = compile_for(
+        kernels._norm_kernel,
+        signature,
+        {"BLOCK": kernels.BLOCK, "TYPE": tl.float32, "ALIGNED": True},
+        target,
+        element_size=4,
+        num_warps=kernels.NUM_WARPS,
+    )
     assert compiled.spills == compiled.local_bytes == compiled.num_float_atomics == 0
     assert compiled.wide_share >= 0.95
 

@@ -44,7 +44,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(before)
 
 
-def problem(N: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 4.0) -> tuple[Tensor, Tensor]:
+def problem(
+    N: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 4.0
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(N, V, generator=generator) * spread).to(dtype)
     targets = torch.randint(0, V, (N,), generator=generator)
@@ -52,7 +54,9 @@ def problem(N: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0, s
     return logits, targets
 
 
-def loss_and_gradient(logits: Tensor, targets: Tensor, upstream: Tensor | float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(
+    logits: Tensor, targets: Tensor, upstream: Tensor | float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
     leaf = logits.detach().clone().requires_grad_()
     loss = ops.cross_entropy(leaf, targets, **options)
     (loss * upstream).sum().backward()
@@ -76,7 +80,9 @@ def assert_as_exact_as_pytorch(logits: Tensor, targets: Tensor, upstream: Tensor
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_loss_and_gradient_are_as_exact_as_pytorchs(isa: str, reduction: str, dtype: torch.dtype, terms: dict[str, Any]) -> None:
+def test_loss_and_gradient_are_as_exact_as_pytorchs(
+    isa: str, reduction: str, dtype: torch.dtype, terms: dict[str, Any]
+) -> None:
     for N, V in [(1, 1), (5, 2), (4, 15), (3, 16), (7, 33), (6, 1000), (9, 5003)]:
         logits, targets = problem(N, V, dtype, seed=V)
         targets[targets == -100] = terms.get("ignore_index", -100)
@@ -122,10 +128,10 @@ def test_special_values_behave_as_in_pytorch(isa: str) -> None:
     logits, _ = problem(7, V)
     logits[0, 2500] = float("nan")
     logits[1, 17] = inf
-    logits[2, :4000] = -inf       # whole blocks of a masked vocabulary, before any finite value
+    logits[2, :4000] = -inf  # whole blocks of a masked vocabulary, before any finite value
     logits[3] = -inf
     logits[4, 100:] = -inf
-    logits[5] = -1000.0           # exp(-1000) is 0 in every float format
+    logits[5] = -1000.0  # exp(-1000) is 0 in every float format
     logits[5, :4097] = -inf
     logits[6] *= 1e30
     targets = torch.tensor([0, 17, 4500, 0, 50, 4998, 3])
@@ -153,12 +159,19 @@ def test_gradient_of_a_confident_prediction_keeps_its_digits(isa: str) -> None:
 @pytest.mark.parametrize("layout", ["transposed", "sliced columns", "every other row", "expanded", "offset"])
 def test_any_strides(layout: str) -> None:
     base, targets = problem(12, 301)
-    views = {"transposed": base.t().contiguous().t(), "sliced columns": torch.cat([base, base], 1)[:, 301:],
-             "every other row": base.repeat_interleave(2, 0)[::2], "expanded": base[:1].expand(12, 301),
-             "offset": torch.cat([torch.zeros(1), base.flatten()])[1:].view(12, 301)}
+    views = {
+        "transposed": base.t().contiguous().t(),
+        "sliced columns": torch.cat([base, base], 1)[:, 301:],
+        "every other row": base.repeat_interleave(2, 0)[::2],
+        "expanded": base[:1].expand(12, 301),
+        "offset": torch.cat([torch.zeros(1), base.flatten()])[1:].view(12, 301),
+    }
     view = views[layout]
     for reduction in ("mean", "none"):
-        leaf, dense = view.detach().requires_grad_(), view.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        leaf, dense = (
+            view.detach().requires_grad_(),
+            view.detach().clone(memory_format=torch.contiguous_format).requires_grad_(),
+        )
         for x, impl in ((leaf, "cpp"), (dense, "reference")):
             ops.cross_entropy(x, targets, impl=impl, reduction=reduction).sum().backward()
         torch.testing.assert_close(leaf.grad, dense.grad)
@@ -187,10 +200,10 @@ def test_backward_twice_over_a_retained_graph_and_after_the_gradient_was_overwri
     logits, targets = problem(6, 77)
     leaf = logits.clone().requires_grad_()
     loss = ops.cross_entropy(leaf, targets, impl="cpp", reduction=reduction).sum()
-    first, = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     expected = first.clone()
     first.fill_(float("nan"))  # the caller owns what it was given
-    second, = torch.autograd.grad(loss, leaf, grad_outputs=torch.tensor(3.0))
+    (second,) = torch.autograd.grad(loss, leaf, grad_outputs=torch.tensor(3.0))
     torch.testing.assert_close(second, 3 * expected)
 
 
@@ -199,7 +212,7 @@ def test_an_expanded_upstream_gradient_is_read_correctly() -> None:
     logits, targets = problem(6, 77)
     leaf = logits.clone().requires_grad_()
     losses = ops.cross_entropy(leaf, targets, impl="cpp", reduction="none")
-    got, = torch.autograd.grad(losses, leaf, torch.tensor(2.0).expand(6))
+    (got,) = torch.autograd.grad(losses, leaf, torch.tensor(2.0).expand(6))
     _, expected = loss_and_gradient(logits, targets, 2.0, impl="reference", reduction="none")
     torch.testing.assert_close(got, expected)
 
@@ -253,6 +266,7 @@ def test_gradcheck_in_float64(reduction: str) -> None:
     logits, targets = problem(5, 9, torch.float64, spread=2.0)
     leaf = logits.requires_grad_()
     for terms in TERMS[:-1]:
+
         def loss(x: Tensor, terms: dict[str, Any] = terms) -> Tensor:
             return ops.cross_entropy(x, targets, impl="cpp", reduction=reduction, **terms)
 
@@ -262,7 +276,7 @@ def test_gradcheck_in_float64(reduction: str) -> None:
 @needs_extension
 def test_double_backward_is_refused_clearly() -> None:
     logits, targets = problem(3, 9)
-    with pytest.raises(RuntimeError, match="no second derivative.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*impl='reference'"):
         torch.autograd.grad(ops.cross_entropy(logits.requires_grad_(), targets, impl="cpp"), logits, create_graph=True)
 
 
@@ -306,21 +320,24 @@ def test_a_target_out_of_range_is_an_index_error_that_names_it(impl: str, bad: i
         ops.cross_entropy(logits.requires_grad_(), targets, impl=impl, reduction=reduction)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"logits": torch.zeros(2, 3, 4)}, r"logits have shape \(2, 3, 4\).*flatten"),
-    ({"logits": torch.zeros(8, 5, dtype=torch.int64)}, "logits are torch.int64.*float32"),
-    ({"logits": torch.zeros(8, 0)}, "at least one class"),
-    ({"logits": torch.zeros(8, 5, device="meta")}, "targets are on cpu and logits on meta"),
-    ({"targets": torch.zeros(7, dtype=torch.int64)}, r"targets have shape \(7,\).*\(8,\)"),
-    ({"targets": torch.zeros(8)}, "targets are torch.float32.*int64"),
-    ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
-    ({"label_smoothing": float("nan")}, "label_smoothing is nan"),
-    ({"z_loss": -1.0}, "z_loss is -1.0"),
-    ({"softcap": 0.0}, "softcap is 0.0.*None"),
-    ({"reduction": "avg"}, "reduction is 'avg'.*'mean'"),
-    ({"impl": "cuda"}, "impl is 'cuda'.*reference"),
-    ({"impl": "triton"}, "impl='triton' cannot serve.*CUDA"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, 4)}, r"logits have shape \(2, 3, 4\).*flatten"),
+        ({"logits": torch.zeros(8, 5, dtype=torch.int64)}, "logits are torch.int64.*float32"),
+        ({"logits": torch.zeros(8, 0)}, "at least one class"),
+        ({"logits": torch.zeros(8, 5, device="meta")}, "targets are on cpu and logits on meta"),
+        ({"targets": torch.zeros(7, dtype=torch.int64)}, r"targets have shape \(7,\).*\(8,\)"),
+        ({"targets": torch.zeros(8)}, "targets are torch.float32.*int64"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"label_smoothing": float("nan")}, "label_smoothing is nan"),
+        ({"z_loss": -1.0}, "z_loss is -1.0"),
+        ({"softcap": 0.0}, "softcap is 0.0.*None"),
+        ({"reduction": "avg"}, "reduction is 'avg'.*'mean'"),
+        ({"impl": "cuda"}, "impl is 'cuda'.*reference"),
+        ({"impl": "triton"}, "impl='triton' cannot serve.*CUDA"),
+    ],
+)
 def test_bad_input_is_refused_with_the_rule(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"logits": torch.zeros(8, 5), "targets": torch.zeros(8, dtype=torch.int64), **change}
     with pytest.raises(ValueError, match=message):
@@ -336,16 +353,24 @@ def test_int32_targets_and_any_ignore_index() -> None:
 
 def test_backend_info_says_what_runs_and_why_not_the_compiled_kernel() -> None:
     choice = backend_info()["cross_entropy"]["cpu"]
-    assert (choice.impl, choice.reason) == ("cpp", "") if _C else (choice.impl == "reference" and "not installed" in choice.reason)
+    assert (
+        (choice.impl, choice.reason) == ("cpp", "")
+        if _C
+        else (choice.impl == "reference" and "not installed" in choice.reason)
+    )
 
 
 def run_with(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 def test_the_environment_variable_forces_an_implementation() -> None:
-    code = "import torch; from fasttrain import ops; x = torch.ones(2, 3, requires_grad=True); " \
-           "print(ops.cross_entropy(x, torch.tensor([0, 1])).grad_fn.name())"
+    code = (
+        "import torch; from fasttrain import ops; x = torch.ones(2, 3, requires_grad=True); "
+        "print(ops.cross_entropy(x, torch.tensor([0, 1])).grad_fn.name())"
+    )
     assert "GradientInForward" not in run_with({"FASTTRAIN_IMPL": "reference"}, code).stdout
     bad = run_with({"FASTTRAIN_IMPL": "gpu"}, code)
     assert bad.returncode != 0 and "FASTTRAIN_IMPL is 'gpu'" in bad.stderr

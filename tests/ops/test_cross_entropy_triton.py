@@ -6,21 +6,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_gate import DEVICES, run_interpreted
+from triton_gate import DEVICES, H100, run_interpreted
 
-from bench.triton_gate_table import Variant
+from bench.triton_gate_table import ELEMENT_SIZES, Variant
 from fasttrain.kernels import cross_entropy as kernels
 
 TARGETS = list(DEVICES)
-ISSUE_BUDGET = {2: 17.0, 4: 34.0}
-"""Instructions per logit that an H100 issues in the time in which it moves the logit in and its gradient out, by bytes
-per logit: 128 lanes * 132 multiprocessors * 1.7 GHz / (3.35 TB/s / (2 * bytes))."""
+ISSUE_SLOTS_PER_BYTE = H100["issue"] / H100["memory"]
+"""Instructions that an H100 issues in the time in which it moves a byte: 8.6."""
 
-TYPICAL = [Variant("fused", "bf16", 32000), Variant("fused", "fp16", 32768), Variant("fused", "bf16", 50304, smoothed=True, z_loss=True),
-           Variant("fused", "fp32", 32000), Variant("fused", "bf16", 128256), Variant("backward", "bf16", 50304)]
-EVERY = [Variant(entry, dtype, num_classes, smoothed=terms, z_loss=terms, softcapped=cap)
-         for entry in ("fused", "forward", "backward") for dtype in ("bf16", "fp16", "fp32") for terms in (False, True)
-         for cap in (False, True) for num_classes in (1000, 8192, 16384, 32000, 32768, 50304, 65536, 128256, 262144)]
+TYPICAL = [
+    Variant("fused", "bf16", 32000),
+    Variant("fused", "fp16", 32768),
+    Variant("fused", "bf16", 50304, smoothed=True, z_loss=True),
+    Variant("fused", "fp32", 32000),
+    Variant("fused", "bf16", 128256),
+    Variant("backward", "bf16", 50304),
+]
+EVERY = [
+    Variant(entry, dtype, num_classes, smoothed=terms, z_loss=terms, softcapped=cap)
+    for entry, sizes in (
+        ("fused", (1000, 8192, 32000, 32768, 50304, 65536, 262144)),
+        ("forward", (1000, 50304)),
+        ("backward", (1000, 50304)),
+    )
+    for dtype in ("bf16", "fp16", "fp32")
+    for terms in (False, True)
+    for cap in (False, True)
+    for num_classes in sizes
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,44 +47,47 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
-def assert_clean(variant: Variant, target: str) -> None:
+def faults(variant: Variant, target: str) -> list[str]:
+    """What the gate holds against the machine code of one variant."""
     compiled = variant.compile(target)
-    assert compiled.spills == 0 and compiled.local_bytes == 0
-    assert compiled.wide_share >= 0.95
-    assert compiled.num_float_atomics == 0
     row_bytes = variant.num_classes * (4 if variant.softcapped or variant.dtype == "fp32" else 2)
-    if variant.entry != "fused" or (row_bytes <= 64 << 10 and not variant.smoothed) or row_bytes > 128 << 10:
-        assert compiled.occupancy >= 2
+    two_rows_fit = variant.entry != "fused" or (row_bytes <= 64 << 10 and not variant.smoothed) or row_bytes > 128 << 10
+    rules = {
+        "spills": compiled.spills == 0 and compiled.local_bytes == 0,
+        "narrow accesses": compiled.wide_share >= 0.95,
+        "float atomics": compiled.num_float_atomics == 0,
+        "one program per SM": compiled.occupancy >= 2 or not two_rows_fit,
+    }
+    return [f"{variant.name} for {target}: {rule} ({compiled})" for rule, holds in rules.items() if not holds]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", TYPICAL, ids=lambda variant: variant.name)
 def test_machine_code_has_no_spills_and_only_wide_accesses(variant: Variant, target: str) -> None:
-    assert_clean(variant, target)
+    assert not faults(variant, target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", EVERY, ids=lambda variant: variant.name)
-def test_machine_code_of_every_variant_is_clean(variant: Variant, target: str) -> None:
-    assert_clean(variant, target)
+def test_machine_code_of_every_variant_is_clean(target: str) -> None:
+    found = [fault for variant in EVERY for fault in faults(variant, target)]
+    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(("variant", "size"), [(Variant("fused", "fp32", 32000), 4), (Variant("backward", "bf16", 50304), 2)],
-                         ids=["fused fp32", "backward bf16"])
-def test_instructions_leave_memory_the_bottleneck(variant: Variant, size: int) -> None:
-    assert variant.compile("sm_90").instructions_per_element <= ISSUE_BUDGET[size]
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("variant", [*TYPICAL, Variant("forward", "bf16", 50304)], ids=lambda variant: variant.name)
+def test_instructions_leave_memory_the_bottleneck(variant: Variant, target: str) -> None:
+    num_bytes = variant.passes * ELEMENT_SIZES[variant.dtype]
+    assert variant.compile(target).instructions_per_element <= 0.7 * num_bytes * ISSUE_SLOTS_PER_BYTE
 
 
-def test_the_fused_16_bit_kernel_stays_within_a_tenth_of_the_issue_budget() -> None:
-    # The count includes the three instructions per logit that only the target's block executes.
-    assert Variant("fused", "bf16", 32000).compile("sm_90").instructions_per_element <= 1.1 * ISSUE_BUDGET[2]
-
-
-def test_rows_that_are_not_aligned_compile_without_spills() -> None:
-    for variant in (Variant("fused", "bf16", 50257, aligned=False), Variant("fused", "bf16", 32003, aligned=False)):
-        compiled = variant.compile("sm_90")
-        assert compiled.spills == 0 and compiled.shared_bytes <= 1024  # more would be a layout conversion in the loop
+@pytest.mark.parametrize(
+    ("num_classes", "entry"), [(32003, "fused"), (50257, "fused"), (50257, "backward"), (262145, "fused")]
+)
+def test_rows_that_are_not_aligned_compile_without_spills(num_classes: int, entry: str) -> None:
+    compiled = Variant(entry, "bf16", num_classes, aligned=False).compile("sm_90")
+    assert compiled.spills == 0
+    assert compiled.shared_bytes <= 1024  # more would be a change of layout between load, reduction and store
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
@@ -122,4 +139,6 @@ def test_a_gpu_agrees_with_the_reference() -> None:
             backward = kernels.cross_entropy_backward(half.expand(64), logits, targets, lse, **terms._asdict())
             torch.testing.assert_close(losses.double(), want, rtol=1e-5, atol=1e-5)
             for got in (gradient, backward):
-                torch.testing.assert_close(got.double(), want_gradient, rtol=2 * torch.finfo(dtype).eps + 1e-4, atol=1e-6)
+                torch.testing.assert_close(
+                    got.double(), want_gradient, rtol=2 * torch.finfo(dtype).eps + 1e-4, atol=1e-6
+                )
