@@ -59,8 +59,9 @@ class AdamW(Optimizer):
             makes the mean exact, because v moves by less than they can hold and would otherwise stand still. The
             random bits are a function of `rounding_seed`, the step, the parameter and the element, so runs repeat.
         impl: "auto" runs the compiled kernels: one call for all float32 and bfloat16 parameters with contiguous
-            memory. For what they do not take it runs PyTorch's fused kernel where that is right, and plain PyTorch
-            elsewhere; "reference" is plain PyTorch. Kernels and reference agree bit for bit on the same multiplier.
+            memory (on a GPU not with int8 moments). What they do not take is served by PyTorch's fused kernel where
+            that is right, and by plain PyTorch elsewhere; "reference" is plain PyTorch. Kernels and reference agree
+            bit for bit on the same multiplier.
 
     A parameter group may have its own `lr`, `betas`, `eps`, `weight_decay` and `maximize`; `lr` may be a 0-d tensor,
     whose value is read in every step.

@@ -132,7 +132,11 @@ def test_the_norm_is_right_and_the_same_on_every_instruction_set() -> None:
 @needs_cpp
 @pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-def test_gradients_are_zeroed_on_request_whether_or_not_the_step_is_skipped(state_dtype: str, found_inf: float) -> None:
+@pytest.mark.parametrize("host_devices", [("cpu",), ()], ids=["verdict on the host", "verdict on the device"])
+def test_gradients_are_zeroed_on_request_whether_or_not_the_step_is_skipped(
+    state_dtype: str, found_inf: float, host_devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fasttrain.utils._HOST_DEVICES", host_devices)
     for impl in ("cpp", "reference"):
         parameters = make()
         parameters[5].grad = torch.randn(100, 70).t()  # served by the reference
