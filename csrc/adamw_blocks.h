@@ -21,26 +21,26 @@ inline T narrow(float x) {
 // Sum of squares in double: element i of a chunk belongs to sum i mod 16, whatever the width of the machine's vectors.
 template <class T>
 double sum_of_squares(const T* x, std::int64_t n) {
-  constexpr int kSums = 16, kQuarter = kSums / 4;
-  typedef float Floats __attribute__((vector_size(kQuarter * sizeof(float))));
-  typedef double Doubles __attribute__((vector_size(kQuarter * sizeof(double))));
-  Doubles sums[4] = {};
+  constexpr int kSums = 16, kLanes = sizeof(Words) / 8;
+  typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
+  Doubles sums[kSums / kLanes] = {};
   std::int64_t i = 0;
   for (; i + kSums <= n; i += kSums) {
-    for (int part = 0; part < 4; ++part) {
+    for (int part = 0; part < kSums / kLanes; ++part) {
       Floats a;
-      if constexpr (sizeof(T) == 4) std::memcpy(&a, x + i + part * kQuarter, sizeof a);
-      else for (int l = 0; l < kQuarter; ++l) a[l] = widen(x[i + part * kQuarter + l]);
+      if constexpr (sizeof(T) == 4) std::memcpy(&a, x + i + part * kLanes, sizeof a);
+      else for (int l = 0; l < kLanes; ++l) a[l] = widen(x[i + part * kLanes + l]);
       const Doubles wide = __builtin_convertvector(a, Doubles);
       sums[part] += wide * wide;  // an exact product: 24 + 24 bits
     }
   }
   for (; i < n; ++i) {
     const double wide = static_cast<double>(widen(x[i]));
-    sums[i % kSums / kQuarter][i % kQuarter] += wide * wide;
+    sums[i % kSums / kLanes][i % kLanes] += wide * wide;
   }
   double total = 0;
-  for (int l = 0; l < kSums; ++l) total += sums[l / kQuarter][l % kQuarter];
+  for (int l = 0; l < kSums; ++l) total += sums[l / kLanes][l % kLanes];
   return total;
 }
 
