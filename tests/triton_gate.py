@@ -107,8 +107,10 @@ class _Argument:
 
 
 @contextlib.contextmanager
-def count_bytes() -> Iterator[Traffic]:
+def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterator[Traffic]:
     """Counts the bytes of every interpreted kernel launched inside, and checks each access.
+
+    `reachable` names tensors that a kernel finds through addresses in a table and not among its arguments.
 
     Raises (from the launch, wrapped by Triton in InterpreterError):
         MemoryFault: an access outside every tensor argument, or to the gap between two rows of a strided one; an
@@ -130,6 +132,7 @@ def count_bytes() -> Iterator[Traffic]:
         hosted = original_init(self, args, kwargs)
         named = {**dict(zip(self.arg_names, hosted[0])), **hosted[1]}
         arguments[:] = [_Argument(name, value) for name, value in named.items() if isinstance(value, torch.Tensor)]
+        arguments.extend(_Argument(name, tensor) for name, tensors in reachable.items() for tensor in tensors)
         traffic.launches.append(self.fn.__name__)
         return hosted
 

@@ -351,8 +351,8 @@ def _launch(logits: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
     return tokens, logprobs
 
 
-def _register(namespace: str, triton_device: str) -> torch.library.Library:
-    library = torch.library.Library(namespace, "FRAGMENT")
+def _register(namespace: str, triton_device: str) -> Any:
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(f"sample({_NUMBERS}) -> (Tensor, Tensor)")
     # A parameter given as a tensor (B,), float32 or int64, takes the place of the number.
     library.define(f"sample_rows({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
