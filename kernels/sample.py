@@ -109,19 +109,8 @@ def _maxima_kernel(logits, maxima, row_stride, V, G, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _bounds_kernel(
-    maxima,
-    scales,
-    top_ks,
-    top_ps,
-    largest_logits,
-    bound_keys,
-    bound_masses,
-    V,
-    G,
-    PADDED_G: tl.constexpr,
-    FILTERED: tl.constexpr,
-):
+def _bounds_kernel(maxima, scales, top_ks, top_ps, largest_logits, bound_keys, bound_masses, V, G,
+                   PADDED_G: tl.constexpr, FILTERED: tl.constexpr):
     """Grid (B,). The row's largest logit, and the key and the mass that a token must have to matter for the cut."""
     row = tl.program_id(0)
     groups = tl.arange(0, PADDED_G)
@@ -151,23 +140,8 @@ def _bounds_kernel(
 
 
 @triton.jit
-def _masses_kernel(
-    logits,
-    largest_logits,
-    scales,
-    min_masses,
-    bound_keys,
-    bound_masses,
-    group_masses,
-    num_listed,
-    list_ranks,
-    list_masses,
-    row_stride,
-    V,
-    G,
-    GROUPS: tl.constexpr,
-    FILTERED: tl.constexpr,
-):
+def _masses_kernel(logits, largest_logits, scales, min_masses, bound_keys, bound_masses, group_masses, num_listed,
+                   list_ranks, list_masses, row_stride, V, G, GROUPS: tl.constexpr, FILTERED: tl.constexpr):
     """Grid (B, splits). The mass of every group (B, G); of a filtered row before the filters, and the list of tokens
     that matter for its cut, in any order: ranks and masses (B, V), the first num_listed of each row."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -231,23 +205,9 @@ def _cut(ranks, masses, n, lowest, highest, need, BY_MASS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _cuts_kernel(
-    largest_logits,
-    bound_keys,
-    group_masses,
-    num_listed,
-    list_ranks,
-    list_masses,
-    top_ks,
-    top_ps,
-    min_masses,
-    cuts,
-    survivor_masses,
-    V,
-    G,
-    PADDED_G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _cuts_kernel(largest_logits, bound_keys, group_masses, num_listed, list_ranks, list_masses, top_ks, top_ps,
+                 min_masses, cuts,
+                 survivor_masses, V, G, PADDED_G: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (B,). Step 2 on the list: the lowest rank that stays (B,), and the groups' masses of what stays (B, G)."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(num_listed + row)
@@ -255,9 +215,8 @@ def _cuts_kernel(
     k, p = tl.load(top_ks + row), tl.load(top_ps + row)
     by_count = (k > 0) & (k < V)
     highest = (_key(tl.load(largest_logits + row)) << 31) | LAST_ID
-    cut = (
-        tl.load(bound_keys + row) << 31
-    )  # of a row cut by count what is smaller is not listed and not among the first k
+    # of a row cut by count what is smaller is not listed and not among the first k
+    cut = tl.load(bound_keys + row) << 31
     if by_count & (n > k):
         cut = _cut(ranks, masses, n, cut, highest, k, False, BLOCK)
     if p < 1.0:
@@ -283,23 +242,8 @@ def _cuts_kernel(
 
 
 @triton.jit
-def _draw_kernel(
-    logits,
-    largest_logits,
-    scales,
-    min_masses,
-    cuts,
-    group_masses,
-    seeds,
-    positions,
-    tokens,
-    logprobs,
-    row_stride,
-    V,
-    G,
-    PADDED_G: tl.constexpr,
-    FILTERED: tl.constexpr,
-):
+def _draw_kernel(logits, largest_logits, scales, min_masses, cuts, group_masses, seeds, positions, tokens, logprobs,
+                 row_stride, V, G, PADDED_G: tl.constexpr, FILTERED: tl.constexpr):
     """Grid (B,). Steps 3 to 6; token -1 for a row that holds NaN, +inf, or nothing but -inf."""
     row = tl.program_id(0).to(tl.int64)
     seed, position = tl.load(seeds + row), tl.load(positions + row)
@@ -327,18 +271,9 @@ def groups_per_program(num_rows: int, num_tokens: int, filtered: bool) -> int:
     return 4 if filtered or num_rows * num_tokens < 1 << 20 else 16
 
 
-def sample(
-    logits: Tensor,
-    scale: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_mass: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    *,
-    filtered: bool = True,
-    num_groups: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, scale: Tensor, top_k: Tensor, top_p: Tensor, min_mass: Tensor, seed: Tensor,
+           position: Tensor, *,
+           filtered: bool = True, num_groups: int | None = None) -> tuple[Tensor, Tensor]:
     """Tokens (B,) int64, -1 for a row without a distribution, and their log-probabilities (B,) float32.
 
     Args:
@@ -356,8 +291,7 @@ def sample(
     if B == 0:
         return tokens, logprobs
     scale, top_k, top_p, min_mass, seed, position = (
-        t.contiguous() for t in (scale, top_k, top_p, min_mass, seed, position)
-    )
+        t.contiguous() for t in (scale, top_k, top_p, min_mass, seed, position))
     per_program = num_groups or groups_per_program(B, V, filtered)
     grid = (B, triton.cdiv(G, per_program))
     padded = triton.next_power_of_2(G)
@@ -372,84 +306,24 @@ def sample(
         ranks, listed = torch.empty(2, B, V, dtype=torch.int64, device=device).unbind()
         survivors = torch.zeros_like(masses)
     _maxima_kernel[grid](logits, maxima, stride, V, G, GROUPS=per_program, **OPTIONS)
-    _bounds_kernel[(B,)](
-        maxima,
-        scale,
-        top_k,
-        top_p,
-        largest,
-        bound_keys,
-        bound_masses,
-        V,
-        G,
-        PADDED_G=padded,
-        FILTERED=filtered,
-        **OPTIONS,
-    )
-    _masses_kernel[grid](
-        logits,
-        largest,
-        scale,
-        min_mass,
-        bound_keys,
-        bound_masses,
-        masses,
-        num_listed,
-        ranks,
-        listed,
-        stride,
-        V,
-        G,
-        GROUPS=per_program,
-        FILTERED=filtered,
-        **OPTIONS,
-    )
+    _bounds_kernel[(B,)](maxima, scale, top_k, top_p, largest, bound_keys, bound_masses, V, G, PADDED_G=padded,
+                         FILTERED=filtered, **OPTIONS)
+    _masses_kernel[grid](logits, largest, scale, min_mass, bound_keys, bound_masses, masses, num_listed, ranks, listed,
+                         stride, V, G, GROUPS=per_program, FILTERED=filtered, **OPTIONS)
     if filtered:
-        _cuts_kernel[(B,)](
-            largest,
-            bound_keys,
-            masses,
-            num_listed,
-            ranks,
-            listed,
-            top_k,
-            top_p,
-            min_mass,
-            cuts,
-            survivors,
-            V,
-            G,
-            PADDED_G=padded,
-            BLOCK=1024,
-            **OPTIONS | {"num_warps": CUT_WARPS},
-        )
-    _draw_kernel[(B,)](
-        logits,
-        largest,
-        scale,
-        min_mass,
-        cuts,
-        survivors,
-        seed,
-        position,
-        tokens,
-        logprobs,
-        stride,
-        V,
-        G,
-        PADDED_G=padded,
-        FILTERED=filtered,
-        **OPTIONS,
-    )
+        _cuts_kernel[(B,)](largest, bound_keys, masses, num_listed, ranks, listed, top_k, top_p, min_mass, cuts,
+                           survivors, V, G,
+                           PADDED_G=padded, BLOCK=1024, **OPTIONS | {"num_warps": CUT_WARPS})
+    _draw_kernel[(B,)](logits, largest, scale, min_mass, cuts, survivors, seed, position, tokens, logprobs, stride,
+                       V, G,
+                       PADDED_G=padded, FILTERED=filtered, **OPTIONS)
     return tokens, logprobs
 
 
 def _check(logits: Tensor) -> None:
     if logits.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "got a CPU tensor; Triton kernels run on a GPU (or on the CPU in a process started with "
-            "TRITON_INTERPRET=1, which is for tests)"
-        )
+        raise ValueError("got a CPU tensor; Triton kernels run on a GPU (or on the CPU in a process started with "
+                         "TRITON_INTERPRET=1, which is for tests)")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits are {logits.dtype}; the Triton kernels take float32, bfloat16 and float16")
     if logits.stride(1) != 1 and logits.size(1) > 1:
