@@ -144,8 +144,8 @@ inline Vec keep(Mask m, Vec a) { return {_mm256_and_ps(m.m, a.v)}; }  // 0 elsew
 inline Vec floor(Vec a) { return {_mm256_floor_ps(a.v)}; }
 // a 2^n for whole n of which 2^n is a normal number.
 inline Vec times_two_to(Vec a, Vec n) {
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+  const __m256 biased = _mm256_add_ps(n.v, _mm256_set1_ps(8388608.0f + 127.0f));  // n + 127 in the low bits
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased), 23)))};
 }
 // For each mask of eight lanes: the lanes that it holds, first to last, a byte each.
 inline constexpr std::array<std::uint64_t, 256> kLanesOfMask = [] {
