@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <array>
+#include <cstdint>
 #include <cstring>
 
 #include "half_types.h"
@@ -128,5 +130,51 @@ inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+
+// Selecting and counting, for kernels that move lanes. A whole number in a float lane is exact up to 2^24 ulps.
+struct Mask { __m256 m; };
+inline Mask greater(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask at_least(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
+inline Mask unordered(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)}; }
+inline Mask either(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
+inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
+inline Mask opposite(Mask a) { return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
+inline int count(Mask m) { return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(m.m))); }
+inline Vec keep(Mask m, Vec a) { return {_mm256_and_ps(m.m, a.v)}; }  // 0 elsewhere
+inline Vec floor(Vec a) { return {_mm256_floor_ps(a.v)}; }
+// a 2^n for whole n of which 2^n is a normal number.
+inline Vec times_two_to(Vec a, Vec n) {
+  const __m256 biased = _mm256_add_ps(n.v, _mm256_set1_ps(8388608.0f + 127.0f));  // n + 127 in the low bits
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased), 23)))};
+}
+// For each mask of eight lanes: the lanes that it holds, first to last, a byte each.
+inline constexpr std::array<std::uint64_t, 256> kLanesOfMask = [] {
+  std::array<std::uint64_t, 256> table{};
+  for (unsigned mask = 0; mask < 256; ++mask)
+    for (unsigned lane = 0, to = 0; lane < 8; ++lane)
+      if (mask >> lane & 1) table[mask] |= std::uint64_t{lane} << (8 * to++);
+  return table;
+}();
+// The lanes of the mask, side by side at `out`; writes a whole vector and returns how many count.
+inline int compress(Mask m, Vec a, float* out) {
+  const unsigned bits = static_cast<unsigned>(_mm256_movemask_ps(m.m));
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kLanesOfMask[bits])));
+  _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(a.v, lanes));
+  return __builtin_popcount(bits);
+}
+// Sums floats in float64: exact for whole numbers while every lane stays below 2^53.
+struct WideSum {
+  __m256d low, high;
+  static WideSum zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+  void add(Vec a) {
+    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
+    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+  }
+  double total() const {
+    const __m256d sum = _mm256_add_pd(low, high);
+    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+    return _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
+  }
+};
 
 }  // namespace fasttrain::avx2

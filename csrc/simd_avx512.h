@@ -112,4 +112,32 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 
+// Selecting and counting, for kernels that move lanes. A whole number in a float lane is exact up to 2^24 ulps.
+using Mask = __mmask16;
+inline Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+inline Mask at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+inline Mask unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
+inline Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
+inline Mask both(Mask a, Mask b) { return static_cast<Mask>(a & b); }
+inline Mask opposite(Mask a) { return static_cast<Mask>(~a); }
+inline int count(Mask m) { return __builtin_popcount(m); }
+inline Vec keep(Mask m, Vec a) { return {_mm512_maskz_mov_ps(m, a.v)}; }  // 0 elsewhere
+inline Vec floor(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+inline Vec times_two_to(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a 2^n, n whole
+// The lanes of the mask, side by side at `out`; writes a whole vector and returns how many count.
+inline int compress(Mask m, Vec a, float* out) {
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m, a.v));  // not compressstoreu: microcode on AMD
+  return count(m);
+}
+// Sums floats in float64: exact for whole numbers while every lane stays below 2^53.
+struct WideSum {
+  __m512d low, high;
+  static WideSum zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+  void add(Vec a) {
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+  }
+  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+};
+
 }  // namespace fasttrain::avx512

@@ -49,4 +49,26 @@ struct OneLane {
 using Vec = OneLane<float>;
 using VecF64 = OneLane<double>;
 
+// Selecting and counting, for kernels that move lanes.
+using Mask = bool;
+inline Mask greater(Vec a, Vec b) { return a.v > b.v; }
+inline Mask at_least(Vec a, Vec b) { return a.v >= b.v; }
+inline Mask unordered(Vec a, Vec b) { return a.v != a.v || b.v != b.v; }
+inline Mask either(Mask a, Mask b) { return a || b; }
+inline Mask both(Mask a, Mask b) { return a && b; }
+inline Mask opposite(Mask a) { return !a; }
+inline int count(Mask m) { return m; }
+inline Vec keep(Mask m, Vec a) { return {m ? a.v : 0.0f}; }  // 0 elsewhere
+inline Vec floor(Vec a) { return {std::floor(a.v)}; }
+inline Vec times_two_to(Vec a, Vec n) {  // a 2^n for whole n of which 2^n is a normal number
+  return {a.v * float_from_bits(static_cast<std::uint32_t>(static_cast<int>(n.v) + 127) << 23)};
+}
+inline int compress(Mask m, Vec a, float* out) { *out = a.v; return m; }
+struct WideSum {
+  double sum;
+  static WideSum zero() { return {0.0}; }
+  void add(Vec a) { sum += static_cast<double>(a.v); }
+  double total() const { return sum; }
+};
+
 }  // namespace fasttrain::scalar

@@ -32,7 +32,7 @@ def main(out: Path, steps: int) -> int:
     config = TrainConfig(
         max_steps=steps,
         warmup_steps=max(steps // 20, 1),
-        lr=2e-3,
+        lr=3e-3,
         min_lr=1e-4,
         weight_decay=0.1,
         precision="float32",  # as every machine has it; `auto` may choose bfloat16 where that is faster
@@ -104,6 +104,6 @@ def main(out: Path, steps: int) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="directory of the run")
-    parser.add_argument("--steps", type=int, default=int(os.environ.get("DEMO_STEPS", "300")), help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=int(os.environ.get("DEMO_STEPS", "400")), help="optimizer steps")
     arguments = parser.parse_args()
     raise SystemExit(main(arguments.out, arguments.steps))

@@ -63,8 +63,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         {"params": [p for _, p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for _, p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas,
-                 state_dtype=config.optimizer_state_dtype)
+    optimizer = AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas,
+                      state_dtype=config.optimizer_state_dtype)
+    optimizer.rounding_seed = config.seed
+    return optimizer
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:

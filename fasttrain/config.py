@@ -34,7 +34,7 @@ ConfigT = TypeVar("ConfigT", "TrainConfig", "GenerationConfig")
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 ActivationCheckpointing = Literal["none", "full"]
-StateDtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16", "int8"]
 NonfinitePolicy = Literal["skip", "stop"]
 Parallel = Literal["auto", "none"]
 
@@ -76,7 +76,7 @@ class TrainConfig:
     activation_checkpointing: ActivationCheckpointing = "none"
     """full: recompute each block's activations in the backward instead of keeping them."""
     optimizer_state_dtype: StateDtype = "float32"
-    """How AdamW keeps its moments; bfloat16 halves their memory and rounds stochastically."""
+    """How AdamW keeps its moments: 8, 4 or 2 bytes a parameter; the narrow ones round stochastically."""
     log_every_steps: int = 10
     """Steps between two log records; the only moments at which the device is read."""
     eval_every_steps: int = 0

@@ -53,7 +53,7 @@ def test_a_key_like_nothing_lists_what_there_is() -> None:
     ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\)"),
     ({"betas": (0.9,)}, "must hold two numbers"),
     ({"betas": (0.9, "x")}, "must hold two numbers"),
-    ({"optimizer_state_dtype": "int8"}, "must be one of 'float32', 'bfloat16'"),
+    ({"optimizer_state_dtype": "int4"}, "must be one of 'float32', 'bfloat16', 'int8'"),
     ({"precision": "fp16"}, "must be one of 'auto', 'float32', 'bfloat16', 'float16'"),
     ({"compile": 1}, "must be true or false"),
     ({"log_every_steps": 0}, "must be at least 1"),

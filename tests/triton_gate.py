@@ -107,8 +107,10 @@ class _Argument:
 
 
 @contextlib.contextmanager
-def count_bytes() -> Iterator[Traffic]:
+def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterator[Traffic]:
     """Counts the bytes of every interpreted kernel launched inside, and checks each access.
+
+    `reachable` names tensors that a kernel finds through addresses in a table and not among its arguments.
 
     Raises (from the launch, wrapped by Triton in InterpreterError):
         MemoryFault: an access outside every tensor argument, or to the gap between two rows of a strided one; an
@@ -130,6 +132,7 @@ def count_bytes() -> Iterator[Traffic]:
         hosted = original_init(self, args, kwargs)
         named = {**dict(zip(self.arg_names, hosted[0])), **hosted[1]}
         arguments[:] = [_Argument(name, value) for name, value in named.items() if isinstance(value, torch.Tensor)]
+        arguments.extend(_Argument(name, tensor) for name, tensors in reachable.items() for tensor in tensors)
         traffic.launches.append(self.fn.__name__)
         return hosted
 
@@ -268,6 +271,7 @@ def compile_for(
     num_warps: int,
     aligned: bool = True,
     max_registers: int | None = None,
+    fp_fusion: bool = True,
 ) -> Compiled:
     """Compiles a @triton.jit function for a target of `DEVICES` and reads what came out.
 
@@ -277,6 +281,7 @@ def compile_for(
         element_size: bytes of an element of the tensor whose elements count.
         num_warps: of 32 threads; halved for a target with warps of 64, so that the threads stay the same.
         max_registers: a limit per thread, for NVIDIA targets.
+        fp_fusion: whether a multiplication and an addition may become one, with one rounding.
         aligned: pointers are 16-byte aligned and integers multiples of 16, as for a contiguous tensor of good width.
     """
     import triton
@@ -295,7 +300,7 @@ def compile_for(
     values = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
     source = ASTSource(kernel, types, values, attributes)
     warps = max(1, num_warps * 32 // device.warp_size)
-    options = {"num_warps": warps}
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": fp_fusion}
     if max_registers and device.backend == "cuda":
         options["maxnreg"] = max_registers
     compiled = triton.compile(source, target=GPUTarget(device.backend, device.arch, device.warp_size), options=options)

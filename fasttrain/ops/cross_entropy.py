@@ -136,8 +136,11 @@ class _GradientInForward(torch.autograd.Function):
         if gradient is None:  # a second backward over a retained graph
             row_gradients = (grad_output * scale).expand_as(lse)
             gradient = ctx.kernels.cross_entropy_backward(row_gradients, logits, targets, lse, *ctx.terms)
-        elif not on_host(gradient.device) or read_scalar(grad_output.detach()) != 1.0:  # never waits for a device
-            gradient.mul_(grad_output)
+        elif on_host(gradient.device):
+            if read_scalar(grad_output.detach()) != 1.0:
+                gradient.mul_(grad_output)
+        else:
+            _triton().scale_inplace(gradient, grad_output)  # the device looks whether it is 1: nobody waits
         return gradient, None, None, None, None
 
 
@@ -247,11 +250,15 @@ def _launcher(name: str) -> Any:
     num_terms = len(Terms._fields)
 
     def launch(*arguments: Any) -> Any:
-        from ..kernels import cross_entropy as kernels  # triton is imported by the first call that needs it
-
-        return getattr(kernels, name)(*arguments[:-num_terms], **dict(zip(Terms._fields, arguments[-num_terms:])))
+        return getattr(_triton(), name)(*arguments[:-num_terms], **dict(zip(Terms._fields, arguments[-num_terms:])))
 
     return launch
+
+
+def _triton() -> Any:
+    from ..kernels import cross_entropy  # triton is imported by the first call that needs it
+
+    return cross_entropy
 
 
 # The CPU kernels of namespace `fasttrain` are the extension's.

@@ -41,20 +41,20 @@ Shapes: B rows, V tokens, G = ceil(V / 256) groups.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, overload
+import operator
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ._dispatch import IMPLEMENTATIONS, Impl, resolve
+from ..backend import CPP_PROBLEM, TRITON_INTERPRETED
+from ._dispatch import FORCED_IMPL, IMPLEMENTATIONS, Impl, resolve
+from ._row_parameters import RowParameters, row_parameters
 
-IMPLEMENTATIONS["sample"] = ("reference",)
+IMPLEMENTATIONS["sample"] = ("reference", "cpp", "triton")
 
 GROUP_SIZE = 256
 TOKEN_DOMAIN, GROUP_DOMAIN = 0, 1
-ONE = 1 << 40
-"""Mass of the likeliest token."""
-
 EXP2_COEFFICIENTS = (
     0.00015353362, 0.0013398875, 0.009618437, 0.055503324, 0.24022648, 0.6931472,
 )  # fmt: skip
@@ -66,20 +66,10 @@ LOG2_COEFFICIENTS = (
 )  # fmt: skip
 """2 / (ln 2 (2 k + 1)) for k = 9 .. 0: the series of 2 artanh(s) / ln 2 = log2((1 + s) / (1 - s)), in s^2."""
 
+_NAMES = ("temperature", "top_k", "top_p", "min_p", "seed", "position")  # in the order of the kernels' arguments
 _MASK = 0xFFFFFFFF
 # Logits filtered and uniforms drawn at a time. No result depends on it: it bounds the temporaries.
 _CHUNK_ELEMENTS, _RACE_ELEMENTS = 1 << 18, 1 << 14
-
-
-class RowParameters(NamedTuple):
-    """What `sample` was asked for, per row and in the form the specification uses; all (B,)."""
-
-    scale: Tensor  # float32, c of step 1
-    top_k: Tensor  # int64, 0: off
-    top_p: Tensor  # float64, 1: off
-    min_mass: Tensor  # int64, 0: off
-    seed: Tensor  # int64
-    position: Tensor  # int64
 
 
 @overload
@@ -122,7 +112,8 @@ def sample(
             Each parameter is a number, or a (B,) tensor with one for each row.
         return_logprobs: also return the log-probability (natural, float32) of each token under the processed
             distribution, that is after temperature and filters.
-        impl: "auto" or "reference".
+        impl: "auto", "reference", "cpp" (CPU) or "triton" (CUDA). Inside torch.compile pass seed and position as
+            tensors: a number is a constant there, and every new one compiles again.
 
     Returns:
         (B,) int64 tokens on the logits' device, with `return_logprobs` a pair of them and (B,) float32.
@@ -132,17 +123,65 @@ def sample(
 
     Equivalent to: the module docstring's specification; in distribution to Hugging Face's warpers and `multinomial`.
     """
+    # The usual call of a decoding loop, without the microseconds of looking at each argument: the kernel refuses what
+    # it cannot take, and then the long way finds out why.
+    kinds = (type(temperature), type(top_k), type(top_p), type(min_p), type(seed), type(position))
+    if impl == "auto" and _CPP_IS_AUTO and logits.is_cpu and not logits.requires_grad and _PLAIN.issuperset(kinds):
+        try:
+            drawn: tuple[Tensor, Tensor] = _SAMPLE(logits, temperature, top_k, top_p, min_p, seed, position)
+        except (RuntimeError, TypeError, OverflowError):
+            pass
+        else:
+            return drawn if return_logprobs else drawn[0]
     if logits.dim() != 2 or logits.size(1) == 0:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (B, V) with at least one token")
     if not logits.is_floating_point():
         raise ValueError(f"logits are {logits.dtype}; they must be float32, bfloat16, float16 or float64")
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given |= {"seed": seed, "position": position}
-    parameters = _row_parameters(logits.size(0), logits.device, given)
+    given = dict(zip(_NAMES, (temperature, top_k, top_p, min_p, seed, position)))
     chosen = resolve("sample", impl, logits)
-    assert chosen == "reference"  # the only one listed above
-    tokens, logprobs = sample_reference(logits.detach(), parameters)
+    if chosen == "reference":
+        tokens, logprobs = sample_reference(logits.detach(), row_parameters(logits.size(0), logits.device, given))
+    else:
+        interpreted = chosen == "triton" and logits.device.type == "cpu"
+        tokens, logprobs = _run(logits, given, "fasttrain_interpreted" if interpreted else "fasttrain")
     return (tokens, logprobs) if return_logprobs else tokens
+
+
+def _run(logits: Tensor, given: dict[str, Any], namespace: str) -> tuple[Tensor, Tensor]:
+    """The compiled kernels. They check their arguments, faster than it is done here; this finds out what is wrong."""
+    if logits.requires_grad:
+        logits = logits.detach()
+    if logits.dtype == torch.float64:
+        logits = logits.float()
+    if logits.stride(1) != 1 and logits.size(1) > 1:
+        logits = logits.contiguous()
+    try:
+        numbers, tensors = _kernel_arguments(logits, given)
+        return getattr(torch.ops, namespace).sample_rows(logits, *numbers, *tensors)  # type: ignore[no-any-return]
+    except (RuntimeError, TypeError, OverflowError):
+        row_parameters(logits.size(0), logits.device, given)
+        _check_rows(logits.float(), 0)
+        raise
+
+
+def _kernel_arguments(logits: Tensor, given: dict[str, Any]) -> tuple[list[int | float], list[Tensor | None]]:
+    """Each parameter as a number for all rows, and as a tensor where it came as one."""
+    numbers: list[int | float] = []
+    tensors: list[Tensor | None] = []
+    for name, value in given.items():
+        whole = name in ("top_k", "seed", "position")
+        tensor = None
+        if isinstance(value, Tensor):
+            if value.dtype == torch.bool or value.is_complex() or (whole and value.is_floating_point()):
+                raise TypeError(f"{name} is a tensor of {value.dtype}")
+            tensor, value = value.to(logits.device, torch.int64 if whole else torch.float32), 0
+            if tensor.dim() == 0:
+                tensor = tensor.expand(logits.size(0))
+        elif isinstance(value, bool):
+            raise TypeError(f"{name} is a bool")
+        numbers.append(operator.index(value) if whole else float(value))
+        tensors.append(tensor)
+    return numbers, tensors
 
 
 def sample_reference(logits: Tensor, parameters: RowParameters) -> tuple[Tensor, Tensor]:
@@ -197,15 +236,7 @@ def log2(v: Tensor) -> Tensor:
 def _survivor_masses(logits: Tensor, parameters: RowParameters, first_row: int) -> Tensor:
     """Steps 0 to 2: int64 masses (R, V) of logits (R, V), 0 where a filter removed the token."""
     x = logits.float()
-    largest = x.amax(1, keepdim=True)  # NaN if there is one
-    bad = ~torch.isfinite(largest[:, 0])
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        found = "nothing but -inf" if largest[row] == -math.inf else "NaN" if bool(x[row].isnan().any()) else "+inf"
-        raise ValueError(
-            f"logits: row {first_row + row} holds {found}; there is no distribution to draw from. Look for a diverged "
-            "model, an overflow in reduced precision or a mask that bans every token"
-        )
+    largest = _check_rows(x, first_row)
     w = token_masses(x, largest, parameters.scale)
     use_top_k = (parameters.top_k > 0) & (parameters.top_k < x.size(1))
     if bool(use_top_k.any()):
@@ -223,6 +254,20 @@ def _survivor_masses(logits: Tensor, parameters: RowParameters, first_row: int) 
         before = leading.cumsum(1) - leading
         w = torch.zeros_like(w).scatter_(1, ids, torch.where(before < need, leading, 0))
     return torch.where(w >= parameters.min_mass[:, None], w, 0)
+
+
+def _check_rows(x: Tensor, first_row: int) -> Tensor:
+    """The largest value of each row, (R, 1); ValueError for the first row without a distribution."""
+    largest = x.amax(1, keepdim=True) if x.size(0) else x[:, :1]  # NaN if there is one
+    bad = ~torch.isfinite(largest[:, 0])
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        found = "nothing but -inf" if largest[row] == -math.inf else "NaN" if bool(x[row].isnan().any()) else "+inf"
+        raise ValueError(
+            f"logits: row {first_row + row} holds {found}; there is no distribution to draw from. Look for a diverged "
+            "model, an overflow in reduced precision or a mask that bans every token"
+        ) from None
+    return largest
 
 
 def token_masses(x: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
@@ -284,34 +329,44 @@ def _winner(ids: Tensor, domain: int, weights: Tensor, seed: Tensor, position: T
     return (-log2(open_uniform(r0, r1)) / weights.double()).argmin(1)  # a weight of 0 makes +inf
 
 
-def _row_parameters(batch: int, device: torch.device, given: dict[str, Any]) -> RowParameters:
-    """Checks the parameters and makes (B,) tensors of them, expanded and not copied where one number is for all."""
+_NUMBERS = "Tensor logits, float temperature, int top_k, float top_p, float min_p, int seed, int position"
+_ROWS = "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seeds, Tensor? positions"
 
-    def row(name: str, low: float, high: float, rule: str, *, whole: bool = False) -> Tensor:
-        value = given[name]
-        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-        if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.size(0) != batch):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; it must be a number or ({batch},), one per row of logits"
-            )
-        if tensor.is_complex() or tensor.dtype == torch.bool or (whole and tensor.is_floating_point()):
-            raise ValueError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
-        tensor = tensor.long() if whole else tensor.float().double()
-        bad = ~((tensor >= low) & (tensor <= high))
-        if bool(bad.any()):
-            raise ValueError(f"{name} is {tensor[bad].flatten()[0].item()!r}; it must {rule}")
-        return tensor.to(device)
 
-    temperature = row("temperature", 0.0, 3.4028234663852886e38, "be finite and not negative (0 takes the likeliest)")
-    top_k = row("top_k", 0, 2**63 - 1, "not be negative (0 keeps all)", whole=True)
-    top_p = row("top_p", 0.0, 1.0, "lie in [0, 1] (1 keeps all)")
-    min_p = row("min_p", 0.0, 1.0, "lie in [0, 1] (0 keeps all)")
-    seed = row("seed", 0, 2**63 - 1, "not be negative", whole=True)
-    position = row("position", 0, 2**63 - 1, "not be negative", whole=True)
-    if not isinstance(given["temperature"], Tensor) and given["temperature"] > 0 and not bool(temperature.any()):
-        raise ValueError(f"temperature is {given['temperature']!r}, which is 0 in float32; pass 0 if that is meant")
-    greedy = temperature == 0.0
-    scale = (math.log2(math.e) / torch.where(greedy, 1.0, temperature)).clamp(2.0**-64, 2.0**64).float()
-    min_mass = (min_p * float(ONE)).ceil().long()
-    rows = (scale, torch.where(greedy, 1, top_k), top_p, min_mass, seed, position)
-    return RowParameters(*(tensor.expand(batch) for tensor in rows))
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.size(0), dtype=torch.int64), logits.new_empty(logits.size(0), dtype=torch.float32)
+
+
+def _launch(logits: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels import sample as kernels  # triton is imported by the first call that needs it
+
+    numbers, tensors = values[:6], values[6:] or (None,) * 6
+    given = {name: n if t is None else t for name, n, t in zip(_NAMES, numbers, tensors)}
+    parameters = row_parameters(logits.size(0), logits.device, given)
+    temperature, top_k, top_p = numbers[:3]
+    filtered = temperature == 0 or top_k > 0 or top_p < 1 or any(tensor is not None for tensor in tensors[:3])
+    tokens, logprobs = kernels.sample(logits, *parameters, filtered=filtered)
+    if bool((tokens < 0).any()):  # waits for the device: a token that is none must not be used
+        _check_rows(logits.float(), 0)
+    return tokens, logprobs
+
+
+def _register(namespace: str, triton_device: str) -> Any:
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(f"sample({_NUMBERS}) -> (Tensor, Tensor)")
+    # A parameter given as a tensor (B,), float32 or int64, takes the place of the number.
+    library.define(f"sample_rows({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
+    for name in ("sample", "sample_rows"):
+        torch.library.register_fake(f"{namespace}::{name}", _fake, lib=library)
+        library.impl(name, _launch, triton_device)
+    return library
+
+
+# The CPU kernels of namespace `fasttrain` are the extension's.
+_LIBRARIES = [_register("fasttrain", triton_device="CUDA")]
+if TRITON_INTERPRETED:
+    _LIBRARIES.append(_register("fasttrain_interpreted", triton_device="CPU"))
+
+_SAMPLE = torch.ops.fasttrain.sample.default  # looked up once: a lookup costs a tenth of a small call
+_CPP_IS_AUTO = FORCED_IMPL == "auto" and not CPP_PROBLEM
+_PLAIN = frozenset({int, float})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +13,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fasttrain import ops
+from fasttrain.backend import extension
 from fasttrain.ops.sample import (
     EXP2_COEFFICIENTS,
     LOG2_COEFFICIENTS,
     log2,
     open_uniform,
     philox_4x32_10,
-    sample,
     token_masses,
 )
 
 f32 = np.float32
+needs_extension = pytest.mark.skipif(extension() is None, reason="the compiled extension is not installed")
+Sample = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", params=["reference", pytest.param("cpp", marks=needs_extension)])
+def sample(request: pytest.FixtureRequest) -> Sample:
+    """ops.sample by each implementation: what is said here holds for every one."""
+    return functools.partial(ops.sample, impl=request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +148,7 @@ def test_masses_equal_the_scalar_reading_in_every_bit(temperature: float) -> Non
 
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
-def test_tokens_and_logprobs_equal_the_scalar_reading_bit_for_bit(data: st.DataObject) -> None:
+def test_tokens_and_logprobs_equal_the_scalar_reading_bit_for_bit(sample: Sample, data: st.DataObject) -> None:
     V = data.draw(st.sampled_from([1, 2, 7, 255, 256, 257, 700]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     spread = data.draw(st.sampled_from([0.0, 0.3, 3.0, 40.0, 1e30]))
@@ -200,25 +211,34 @@ def chi_square_z(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     return ((statistic / freedom) ** (1 / 3) - (1.0 - variance)) / math.sqrt(variance)
 
 
-@pytest.mark.parametrize(
-    "filters",
-    [
-        {},
-        {"top_k": 50},
-        {"top_p": 0.9},
-        {"min_p": 0.02},
-        {"temperature": 1.3, "top_k": 2000, "top_p": 0.95, "min_p": 0.001},
-    ],
-    ids=["none", "top_k", "top_p", "min_p", "all"],
-)
-def test_draws_follow_the_float64_probabilities_at_a_real_vocabulary_size(filters: dict[str, float]) -> None:
-    V, n = 50304, 100_000
+FILTERS: dict[str, dict[str, float]] = {
+    "none": {},
+    "top_k": {"top_k": 50},
+    "top_p": {"top_p": 0.9},
+    "min_p": {"min_p": 0.02},
+    "all": {"temperature": 1.3, "top_k": 2000, "top_p": 0.95, "min_p": 0.001},
+}
+
+
+def draws_follow_the_float64_probabilities(sample: Sample, n: int, filters: dict[str, float]) -> bool:
+    V = 50304
     x = torch.randn(V, generator=torch.Generator().manual_seed(5)) * 2.5
-    tokens = sample(x.expand(n, V), seed=torch.arange(n), **filters)  # type: ignore[arg-type]
-    counts = torch.bincount(tokens, minlength=V)
+    counts = torch.bincount(sample(x.expand(n, V), seed=torch.arange(n), **filters), minlength=V)
     probabilities = kept_float64(x, **filters)  # type: ignore[arg-type]
-    assert counts[probabilities == 0].sum() == 0
-    assert chi_square_z(counts, probabilities) < 4.0
+    return bool(counts[probabilities == 0].sum() == 0) and chi_square_z(counts, probabilities) < 4.0
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_draws_follow_the_float64_probabilities_at_a_real_vocabulary_size(sample: Sample, name: str) -> None:
+    n = 20_000 if sample.keywords["impl"] == "reference" else 100_000  # type: ignore[attr-defined]
+    assert draws_follow_the_float64_probabilities(sample, n, FILTERS[name])
+
+
+@pytest.mark.slow
+@needs_extension
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_million_draws_follow_the_float64_probabilities(name: str) -> None:
+    assert draws_follow_the_float64_probabilities(functools.partial(ops.sample, impl="cpp"), 1_000_000, FILTERS[name])
 
 
 def test_the_chi_square_yardstick_notices_probabilities_off_by_six_percent() -> None:
@@ -230,7 +250,7 @@ def test_the_chi_square_yardstick_notices_probabilities_off_by_six_percent() -> 
     assert chi_square_z(honest, p) < 4.0 < chi_square_z(false, p)
 
 
-def test_neighbouring_seeds_and_positions_are_independent() -> None:
+def test_neighbouring_seeds_and_positions_are_independent(sample: Sample) -> None:
     n = 20_000
     flat = torch.zeros(n, 16)
     by_seed = sample(flat, seed=torch.arange(n), position=7)
@@ -241,10 +261,10 @@ def test_neighbouring_seeds_and_positions_are_independent() -> None:
     assert abs((by_seed == by_position).double().mean().item() - 1 / 16) < 0.01
 
 
-def test_logprobs_are_those_of_the_processed_distribution() -> None:
+def test_logprobs_are_those_of_the_processed_distribution(sample: Sample) -> None:
     x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(1)) * 3
     for filters in ({"temperature": 0.8}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}):
-        tokens, logprobs = sample(x, seed=torch.arange(64), return_logprobs=True, **filters)  # type: ignore[call-overload]
+        tokens, logprobs = sample(x, seed=torch.arange(64), return_logprobs=True, **filters)
         for row in range(64):
             expected = kept_float64(x[row], **filters)[tokens[row]].log()
             assert logprobs[row].item() == pytest.approx(expected.item(), abs=3e-5)
@@ -253,7 +273,7 @@ def test_logprobs_are_those_of_the_processed_distribution() -> None:
 # --- What a row depends on
 
 
-def test_a_batch_equals_its_rows_one_at_a_time_whatever_the_strides() -> None:
+def test_a_batch_equals_its_rows_one_at_a_time_whatever_the_strides(sample: Sample) -> None:
     generator = torch.Generator().manual_seed(2)
     B, V = 12, 777
     x = torch.randn(V, B, generator=generator).t() * 4  # (B, V), not contiguous
@@ -266,35 +286,35 @@ def test_a_batch_equals_its_rows_one_at_a_time_whatever_the_strides() -> None:
         "position": torch.arange(B),
     }
     rows["temperature"][3] = 0
-    tokens, logprobs = sample(x, return_logprobs=True, **rows)  # type: ignore[arg-type]
+    tokens, logprobs = sample(x, return_logprobs=True, **rows)
     for i in range(B):
         alone = {name: values[i].item() for name, values in rows.items()}
-        token, logprob = sample(x[i : i + 1].contiguous(), return_logprobs=True, **alone)  # type: ignore[call-overload]
+        token, logprob = sample(x[i : i + 1].contiguous(), return_logprobs=True, **alone)
         assert token[0] == tokens[i] and logprob[0] == logprobs[i]
 
 
-def test_a_parameter_means_the_same_as_a_number_and_in_a_tensor() -> None:
+def test_a_parameter_means_the_same_as_a_number_and_in_a_tensor(sample: Sample) -> None:
     x, seeds = torch.zeros(10).expand(400, 10), torch.arange(400)  # 0.3 of ten equal tokens: on the edge of rounding
     in_tensor = sample(x, top_p=torch.full((400,), 0.3), seed=seeds)
     assert torch.equal(sample(x, top_p=0.3, seed=seeds), in_tensor)
     assert torch.equal(sample(x, top_p=torch.tensor(0.3, dtype=torch.float64), seed=seeds), in_tensor)
 
 
-def test_one_row_drawn_many_times_equals_copies_of_the_row() -> None:
+def test_one_row_drawn_many_times_equals_copies_of_the_row(sample: Sample) -> None:
     x = torch.randn(600) * 2
     seeds = torch.arange(300)
     copies = sample(x.repeat(300, 1), seed=seeds, top_p=0.7)
     assert torch.equal(sample(x.expand(300, -1), seed=seeds, top_p=0.7), copies)
 
 
-def test_global_generators_are_not_touched() -> None:
+def test_global_generators_are_not_touched(sample: Sample) -> None:
     before = torch.get_rng_state()
     sample(torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), seed=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_reduced_precision_logits_are_taken_as_they_are(dtype: torch.dtype) -> None:
+def test_reduced_precision_logits_are_taken_as_they_are(sample: Sample, dtype: torch.dtype) -> None:
     x = (torch.randn(8, 400) * 3).to(dtype)
     assert torch.equal(sample(x, seed=3, top_k=40), sample(x.float(), seed=3, top_k=40))
 
@@ -302,7 +322,7 @@ def test_reduced_precision_logits_are_taken_as_they_are(dtype: torch.dtype) -> N
 # --- Edges
 
 
-def test_exactly_k_survive_and_ties_go_to_the_lowest_ids() -> None:
+def test_exactly_k_survive_and_ties_go_to_the_lowest_ids(sample: Sample) -> None:
     x = torch.zeros(500)
     x[::2] = 1.0  # 250 equal logits at even ids
     for V in (500, 20):  # by partial selection, by full sort
@@ -312,20 +332,20 @@ def test_exactly_k_survive_and_ties_go_to_the_lowest_ids() -> None:
     assert sample(x[None], top_p=0.0, seed=9).item() == 0
 
 
-def test_temperature_zero_is_argmax_for_any_filter_and_its_logprob_is_zero() -> None:
+def test_temperature_zero_is_argmax_for_any_filter_and_its_logprob_is_zero(sample: Sample) -> None:
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(3))
     tokens, logprobs = sample(x, temperature=0, top_p=0.5, min_p=0.3, top_k=9, seed=4, return_logprobs=True)
     assert torch.equal(tokens, x.argmax(1)) and bool((logprobs == 0).all())
     assert torch.equal(sample(x, temperature=1e-30, seed=torch.arange(50)), x.argmax(1))
 
 
-def test_a_huge_temperature_is_uniform_over_the_finite_logits() -> None:
+def test_a_huge_temperature_is_uniform_over_the_finite_logits(sample: Sample) -> None:
     x = torch.tensor([-5.0, -math.inf, 7.0, 0.0])
     counts = torch.bincount(sample(x.expand(6000, 4), temperature=1e30, seed=torch.arange(6000)), minlength=4)
     assert counts[1] == 0 and bool((counts[[0, 2, 3]] > 1800).all())
 
 
-def test_tokens_of_no_mass_are_never_drawn() -> None:
+def test_tokens_of_no_mass_are_never_drawn(sample: Sample) -> None:
     x = torch.full((2000, 300), -math.inf)
     x[:, 17], x[:, 280] = 0.0, -20.0
     x[:, 5] = -60.0  # below 2^-40 of the likeliest
@@ -333,7 +353,7 @@ def test_tokens_of_no_mass_are_never_drawn() -> None:
     assert set(sample(x, seed=torch.arange(2000), temperature=10.0).tolist()) == {17, 280, 5}
 
 
-def test_top_p_keeps_the_token_that_reaches_the_share() -> None:
+def test_top_p_keeps_the_token_that_reaches_the_share(sample: Sample) -> None:
     x = torch.tensor([0.5, 0.3, 0.2]).log()
     seeds = torch.arange(400)
     for p, kept in ((0.4, {0}), (0.6, {0, 1}), (0.79, {0, 1}), (0.81, {0, 1, 2})):
@@ -348,7 +368,7 @@ def test_top_p_keeps_the_token_that_reaches_the_share() -> None:
     ("row", "found"),
     [([0.0, math.nan], "NaN"), ([0.0, math.inf], r"\+inf"), ([-math.inf, -math.inf], "nothing but -inf")],
 )
-def test_a_row_without_a_distribution_raises_and_is_named(row: list[float], found: str) -> None:
+def test_a_row_without_a_distribution_raises_and_is_named(sample: Sample, row: list[float], found: str) -> None:
     with pytest.raises(ValueError, match=f"row 1 holds {found}"):
         sample(torch.tensor([[0.0, 1.0], row]))
     with pytest.raises(ValueError, match="row 0 holds"):
@@ -370,12 +390,12 @@ def test_a_row_without_a_distribution_raises_and_is_named(row: list[float], foun
         ({"impl": "numpy"}, "impl is 'numpy'"),
     ],
 )
-def test_a_parameter_out_of_range_is_named(arguments: dict[str, float], message: str) -> None:
+def test_a_parameter_out_of_range_is_named(sample: Sample, arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sample(torch.zeros(2, 5), **arguments)  # type: ignore[arg-type]
+        sample(torch.zeros(2, 5), **arguments)
 
 
-def test_shapes_without_tokens_are_refused_and_no_rows_give_no_tokens() -> None:
+def test_shapes_without_tokens_are_refused_and_no_rows_give_no_tokens(sample: Sample) -> None:
     for shape in ((5,), (2, 0), (1, 2, 3)):
         with pytest.raises(ValueError, match="must be \\(B, V\\)"):
             sample(torch.zeros(shape))

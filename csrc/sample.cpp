@@ -1,0 +1,266 @@
+// sample for CPUs: fasttrain::{sample,sample_rows}. The schemas and the specification stand in fasttrain/ops/sample.py; this file
+// validates, allocates, and gives rows to threads. A row needs no memory but its thread's scratch, which is kept.
+
+// GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "half_types.h"
+#include "isa.h"
+
+namespace fasttrain {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr std::int64_t kGroup = 256;
+
+// Why a row has no distribution.
+enum class Fault { none, nan, infinity, nothing };
+
+// Step 0 and the parameters in the form that the specification uses.
+struct RowParameters {
+  float scale = 1;          // c of step 1
+  std::int64_t top_k = 0;   // 0: off
+  double top_p = 1;         // 1: off
+  float min_mass = 0;       // 0: off; at most 24 significant bits, so exact
+};
+
+struct List {
+  std::vector<float> x, w;
+};
+
+struct Scratch {
+  std::vector<float> maxima;                // (G,)
+  std::vector<std::int32_t> segments;       // (G + 1,): where each group starts in the list
+  std::vector<std::uint32_t> race_ids;      // (G + 16,)
+  std::vector<double> race_weights, quotients;
+  List list, other, rest;                   // (V + 64,) logits and masses side by side
+  std::vector<std::pair<float, float>> sorted;
+
+  void reserve(std::int64_t n, std::int64_t groups) {
+    if (static_cast<std::int64_t>(maxima.size()) >= groups) return;
+    maxima.resize(groups);
+    segments.resize(groups + 1);
+    race_ids.resize(groups + 16);
+    race_weights.resize(groups + 16);
+    quotients.resize(std::max(groups, kGroup) + 16);
+  }
+  void reserve_lists(std::int64_t n) {
+    if (static_cast<std::int64_t>(list.x.size()) >= n + 64) return;
+    for (List* each : {&list, &other, &rest}) {
+      each->x.resize(n + 64);
+      each->w.resize(n + 64);
+    }
+  }
+};
+
+inline float element(const float* p) { return *p; }
+inline float element(const bfloat16* p) { return to_float(*p); }
+inline float element(const float16* p) { return to_float(*p); }
+
+}  // namespace
+}  // namespace fasttrain
+
+#include "simd_scalar.h"
+namespace fasttrain::scalar { namespace {
+#include "sample_rows.h"
+} }
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#include "simd_avx2.h"
+namespace fasttrain::avx2 { namespace {
+#include "sample_rows.h"
+} }
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "simd_avx512.h"
+namespace fasttrain::avx512 { namespace {
+#include "sample_rows.h"
+} }
+#pragma GCC pop_options
+#endif
+
+namespace fasttrain {
+namespace {
+
+// One number for all rows, or one for each.
+template <class Number>
+struct Parameter {
+  const char* name;
+  Number number;
+  const Number* rows = nullptr;
+  std::int64_t stride = 0;
+
+  Parameter(const char* what, Number value, const std::optional<Tensor>& tensor, std::int64_t batch) : name(what), number(value) {
+    if (!tensor.has_value()) return;
+    constexpr ScalarType dtype = std::is_same_v<Number, float> ? ScalarType::Float : ScalarType::Long;
+    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == batch && tensor->scalar_type() == dtype, "sample: ", name,
+                    " must be (", batch, ",) of ", dtype == ScalarType::Float ? "float32" : "int64");
+    rows = static_cast<const Number*>(tensor->const_data_ptr());
+    stride = tensor->stride(0);
+  }
+  Number operator[](std::int64_t row) const { return rows != nullptr ? rows[row * stride] : number; }
+  bool shared() const { return rows == nullptr || stride == 0; }
+  void check(std::int64_t batch, Number low, Number high) const {
+    for (std::int64_t row = 0; row < (shared() ? std::min<std::int64_t>(batch, 1) : batch); ++row) {
+      const Number value = (*this)[row];
+      STD_TORCH_CHECK(value >= low && value <= high, "sample: ", name, " is ", value, " in row ", row, "; it must lie in [", low, ", ", high, "]");
+    }
+  }
+};
+
+struct Problem {
+  std::int64_t B, V, row_stride;
+  const void* logits;
+  Parameter<float> temperature;
+  Parameter<std::int64_t> top_k;
+  Parameter<float> top_p, min_p;
+  Parameter<std::int64_t> seed, position;
+  std::int64_t* tokens;  // (B,)
+  float* logprobs;       // (B,)
+  std::atomic<std::int64_t> bad_row;  // the first; B if there is none
+
+  RowParameters parameters(std::int64_t row) const {
+    const double t = double{temperature[row]};
+    RowParameters p;
+    p.scale = static_cast<float>(std::clamp(1.4426950408889634 / (t > 0 ? t : 1.0), 0x1p-64, 0x1p64));
+    p.top_k = t > 0 ? top_k[row] : 1;
+    p.top_p = double{top_p[row]};
+    p.min_mass = static_cast<float>(std::ceil(double{min_p[row]} * 0x1p40));
+    return p;
+  }
+  // Every row is the same one and is filtered in the same way: only the draws differ.
+  bool one_row() const {
+    return B > 1 && row_stride == 0 && temperature.shared() && top_k.shared() && top_p.shared() && min_p.shared();
+  }
+};
+
+// Threads take rows one by one: filters make rows unequal work.
+template <template <class, class> class Row, class V, class T>
+void draw_rows(Problem& problem, std::atomic<std::int64_t>& next) {
+  static thread_local Scratch scratch;
+  Row<V, T> row(scratch);
+  bool ready = false;
+  for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < problem.B;) {
+    if (!ready || !problem.one_row()) {
+      const T* x = static_cast<const T*>(problem.logits) + i * problem.row_stride;
+      const Fault fault = row.prepare(x, problem.V, problem.parameters(i));
+      if (fault != Fault::none) {
+        std::int64_t first = problem.bad_row.load();
+        while (i < first && !problem.bad_row.compare_exchange_weak(first, i)) {}
+        continue;
+      }
+      ready = true;
+    }
+    std::tie(problem.tokens[i], problem.logprobs[i]) =
+        row.draw(static_cast<std::uint64_t>(problem.seed[i]), static_cast<std::uint64_t>(problem.position[i]));
+  }
+}
+
+template <class T>
+void draw_rows(Isa isa, Problem& problem, std::atomic<std::int64_t>& next) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return draw_rows<avx512::Row, avx512::Vec, T>(problem, next);
+  if (isa == Isa::avx2) return draw_rows<avx2::Row, avx2::Vec, T>(problem, next);
+#endif
+  draw_rows<scalar::Row, scalar::Vec, T>(problem, next);
+}
+
+void run(Problem& problem, ScalarType dtype) {
+  const Isa isa = current_isa();
+  std::atomic<std::int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+  auto work = [&](std::int64_t, std::int64_t) {
+    try {  // an exception must not leave the parallel region
+      if (dtype == ScalarType::Float) draw_rows<float>(isa, problem, next);
+      else if (dtype == ScalarType::BFloat16) draw_rows<bfloat16>(isa, problem, next);
+      else draw_rows<float16>(isa, problem, next);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  };
+  // A thread is worth waking for some ten microseconds of work.
+  const std::int64_t useful = std::max<std::int64_t>(1, problem.B * problem.V / 65536);
+  const std::int64_t threads = std::min({static_cast<std::int64_t>(torch::stable::get_num_threads()), problem.B, useful});
+  if (threads > 1) torch::stable::parallel_for(0, threads, 1, work);
+  else work(0, 1);
+  STD_TORCH_CHECK(!out_of_memory, "sample: no memory for the scratch of one row of ", problem.V, " logits per thread");
+  const std::int64_t bad = problem.bad_row.load();
+  STD_TORCH_CHECK(bad == problem.B, "sample: row ", bad, " of the logits holds NaN, +inf or nothing but -inf; there is no "
+                  "distribution to draw from");
+}
+
+// Not torch::stable::new_empty, which looks the op up by name: two of them cost more than a small row.
+Tensor empty_vector(std::int64_t size, std::int32_t dtype) {
+  const std::int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+std::tuple<Tensor, Tensor> sample_rows(const Tensor& logits, double temperature, std::int64_t top_k, double top_p,
+                                       double min_p, std::int64_t seed, std::int64_t position,
+                                       const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks,
+                                       const std::optional<Tensor>& top_ps, const std::optional<Tensor>& min_ps,
+                                       const std::optional<Tensor>& seeds, const std::optional<Tensor>& positions) {
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "sample: logits must be (B, V) with at least one token");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "sample: logits must be float32, bfloat16 or float16");
+  const std::int64_t B = logits.size(0), V = logits.size(1);
+  STD_TORCH_CHECK(V == 1 || logits.stride(1) == 1, "sample: logits' last dimension must be contiguous");
+  STD_TORCH_CHECK(V <= std::numeric_limits<std::int32_t>::max(), "sample: logits have ", V, " tokens; ids must fit in 32 bits");
+  const float temperature32 = static_cast<float>(temperature);
+  STD_TORCH_CHECK(temperature32 > 0 || !(temperature > 0), "sample: temperature is ", temperature, ", which is 0 in float32");
+  Tensor tokens = empty_vector(B, aoti_torch_dtype_int64()), logprobs = empty_vector(B, aoti_torch_dtype_float32());
+  Problem p{B, V, logits.stride(0), logits.const_data_ptr(),
+            {"temperature", temperature32, temperatures, B}, {"top_k", top_k, top_ks, B},
+            {"top_p", static_cast<float>(top_p), top_ps, B}, {"min_p", static_cast<float>(min_p), min_ps, B},
+            {"seed", seed, seeds, B}, {"position", position, positions, B},
+            tokens.mutable_data_ptr<std::int64_t>(), logprobs.mutable_data_ptr<float>(), B};
+  p.temperature.check(B, 0, std::numeric_limits<float>::max());
+  for (const auto* whole : {&p.top_k, &p.seed, &p.position}) whole->check(B, 0, std::numeric_limits<std::int64_t>::max());
+  for (const auto* share : {&p.top_p, &p.min_p}) share->check(B, 0, 1);
+  run(p, dtype);
+  return {tokens, logprobs};
+}
+
+// The same with one number for all rows. Its own op because reading six absent tensors costs as much as a small row.
+std::tuple<Tensor, Tensor> sample(const Tensor& logits, double temperature, std::int64_t top_k, double top_p, double min_p,
+                                  std::int64_t seed, std::int64_t position) {
+  const std::optional<Tensor> none;
+  return sample_rows(logits, temperature, top_k, top_p, min_p, seed, position, none, none, none, none, none, none);
+}
+
+}  // namespace
+}  // namespace fasttrain
+
+STABLE_TORCH_LIBRARY_IMPL(fasttrain, CPU, m) {
+  m.impl("sample", TORCH_BOX(&fasttrain::sample));
+  m.impl("sample_rows", TORCH_BOX(&fasttrain::sample_rows));
+}

@@ -1,0 +1,656 @@
+// The row kernels of sample, written once over `Vec` and compiled once per instruction set: this file is included
+// inside namespaces fasttrain::{scalar,avx2,avx512} and therefore has no include guard. "Step n" is the specification's.
+//
+// A mass is at most 2^40 and has at most 24 significant bits, so a float holds it exactly, and float64 any sum of 2^12
+// of them: all arithmetic on masses is vector arithmetic without rounding. Nothing is sorted. A first pass leaves
+// the maximum of every group of ids; filters then look only at groups that can matter, gather the tokens that can
+// matter side by side, and narrow an interval of logits around the cut until it is one value.
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr std::int64_t kExactSum = 2048;  // elements whose masses float64 adds exactly, with room to spare
+
+// Step 1.
+template <class V>
+struct MassOf {
+  V largest, scale;
+  MassOf(float max, float c) : largest(V::set(max)), scale(V::set(c)) {}
+  // Several vectors in step: one alone is a chain of twenty dependent operations.
+  template <int count>
+  void replace(V (&x)[count]) const {
+    constexpr float coefficients[] = {0.0013398875f, 0.009618437f, 0.055503324f, 0.24022648f, 0.6931472f, 1.0f};
+    V n[count], p[count];
+    for (int i = 0; i < count; ++i) x[i] = V::max((x[i] - largest) * scale, V::set(-100.0f));
+    for (int i = 0; i < count; ++i) n[i] = floor(x[i] + V::set(0.5f));
+    for (int i = 0; i < count; ++i) x[i] = x[i] - n[i];
+    for (int i = 0; i < count; ++i) p[i] = V::set(0.00015353362f);
+    for (const float coefficient : coefficients)
+      for (int i = 0; i < count; ++i) p[i] = p[i] * x[i] + V::set(coefficient);
+    for (int i = 0; i < count; ++i) x[i] = floor(times_two_to(p[i], n[i] + V::set(40.0f)));
+  }
+  V operator()(V x) const {
+    V one[1] = {x};
+    replace(one);
+    return one[0];
+  }
+};
+
+constexpr int kInStep = 4;  // vectors; a group is a multiple of that many
+
+template <class V, class T>
+inline V load_n(const T* p, std::int64_t n) {
+  return n >= V::width ? V::load(p) : V::load_part(p, static_cast<int>(n), kMinusInfinity);
+}
+
+template <class V, class T>
+inline void load_in_step(const T* p, std::int64_t n, V (&x)[kInStep]) {
+  for (int i = 0; i < kInStep; ++i) {
+    if (n >= (i + 1) * V::width) x[i] = V::load(p + i * V::width);
+    else x[i] = n > i * V::width ? load_n<V>(p + i * V::width, n - i * V::width) : V::set(kMinusInfinity);
+  }
+}
+
+// The maximum of every group and of the row; NaN for a row that holds one.
+template <class V, class T>
+float group_maxima(const T* x, std::int64_t n, float* maxima) {
+  Mask nan = greater(V::set(0), V::set(0));
+  V row_max = V::set(kMinusInfinity);
+  std::int64_t begin = 0;
+  for (; begin + kGroup <= n; begin += kGroup) {
+    V top[4] = {V::set(kMinusInfinity), V::set(kMinusInfinity), V::set(kMinusInfinity), V::set(kMinusInfinity)};
+    for (std::int64_t i = begin; i < begin + kGroup; i += 4 * V::width) {
+      const V a = V::load(x + i), b = V::load(x + i + V::width), c = V::load(x + i + 2 * V::width), d = V::load(x + i + 3 * V::width);
+      nan = either(nan, either(unordered(a, b), unordered(c, d)));
+      top[0] = V::max(top[0], a), top[1] = V::max(top[1], b), top[2] = V::max(top[2], c), top[3] = V::max(top[3], d);
+    }
+    const V group = V::max(V::max(top[0], top[1]), V::max(top[2], top[3]));
+    row_max = V::max(row_max, group);
+    *maxima++ = group.max();
+  }
+  if (begin < n) {
+    V group = V::set(kMinusInfinity);
+    for (std::int64_t i = begin; i < n; i += V::width) {
+      const V a = load_n<V>(x + i, n - i);
+      nan = either(nan, unordered(a, a));
+      group = V::max(group, a);
+    }
+    row_max = V::max(row_max, group);
+    *maxima = group.max();
+  }
+  return count(nan) != 0 ? std::numeric_limits<float>::quiet_NaN() : row_max.max();
+}
+
+// Steps 3 and 4 for `count` ids, a multiple of 16: the quotients of the race, infinite where the weight is 0. Plain
+// loops on purpose: the compiler makes vectors of whatever width the instruction set has.
+inline void philox_round(std::uint32_t (&c)[4], std::uint32_t k0, std::uint32_t k1) {
+  const std::uint64_t p0 = std::uint64_t{c[0]} * 0xD2511F53u, p1 = std::uint64_t{c[2]} * 0xCD9E8D57u;
+  const std::uint32_t a = static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ k0, b = static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ k1;
+  c[1] = static_cast<std::uint32_t>(p1);
+  c[3] = static_cast<std::uint32_t>(p0);
+  c[0] = a;
+  c[2] = b;
+}
+
+inline double log2_of(double v) {
+  const std::uint64_t bits = std::bit_cast<std::uint64_t>(v);
+  double m = std::bit_cast<double>((bits & 0x000fffffffffffffu) | 0x3fe0000000000000u);
+  double e = std::bit_cast<double>((bits >> 52) | 0x4330000000000000u) - (4503599627370496.0 + 1022.0);
+  const bool small = m < 0.7071067811865476;
+  m = small ? m * 2.0 : m;
+  e = small ? e - 1.0 : e;
+  const double s = (m - 1.0) / (m + 1.0), z = s * s;
+  double series = 0.15186263588304878;
+  series = series * z + 0.16972882833987804;
+  series = series * z + 0.19235933878519512;
+  series = series * z + 0.22195308321368668;
+  series = series * z + 0.26230818925253880;
+  series = series * z + 0.32059889797532520;
+  series = series * z + 0.41219858311113240;
+  series = series * z + 0.57707801635558540;
+  series = series * z + 0.96179669392597560;
+  series = series * z + 2.88539008177792680;
+  return e + s * series;
+}
+
+inline void race_quotients(const std::uint32_t* __restrict ids, const double* __restrict weights, std::int64_t count,
+                           std::uint32_t domain, std::uint64_t seed, std::uint64_t position, double* __restrict quotients) {
+  const std::uint32_t seed0 = static_cast<std::uint32_t>(seed), seed1 = static_cast<std::uint32_t>(seed >> 32);
+  const std::uint32_t position0 = static_cast<std::uint32_t>(position), position1 = static_cast<std::uint32_t>(position >> 32);
+  for (std::int64_t begin = 0; begin < count; begin += 16) {
+    std::uint32_t high[16], low[16];
+    for (int lane = 0; lane < 16; ++lane) {
+      std::uint32_t c[4] = {ids[begin + lane], domain, position0, position1}, k0 = seed0, k1 = seed1;
+#pragma GCC unroll 10
+      for (int round = 0; round < 10; ++round) {
+        philox_round(c, k0, k1);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+      }
+      high[lane] = c[0];
+      low[lane] = c[1];
+    }
+    for (int lane = 0; lane < 16; ++lane) {
+      // (2 ((r0 << 20) | (r1 >> 12)) + 1) 2^-53 from two signed conversions; the sum is exact.
+      const double r0 = static_cast<double>(static_cast<std::int32_t>(high[lane] ^ 0x80000000u)) + 2147483648.0;
+      const double r1 = static_cast<double>(static_cast<std::int32_t>((low[lane] >> 12) * 2u + 1u));
+      quotients[begin + lane] = -log2_of(r0 * 0x1p-32 + r1 * 0x1p-53) / weights[begin + lane];
+    }
+  }
+}
+
+// Index of the least quotient, the first of equals. Not negative, so they compare as integers.
+inline std::int64_t first_least(const double* quotients, std::int64_t count) {
+  std::int64_t least = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t i = 0; i < count; ++i) least = std::min(least, std::bit_cast<std::int64_t>(quotients[i]));
+  std::int64_t i = 0;
+  while (std::bit_cast<std::int64_t>(quotients[i]) != least) ++i;
+  return i;
+}
+
+// Where the order of step 2 is cut: `kept` of the `equal` tokens whose logit is x stay, and all with a larger one.
+struct Cut {
+  float x;
+  std::int64_t kept, equal;
+};
+
+template <class V, class T>
+class Row {
+ public:
+  explicit Row(Scratch& scratch) : s(scratch) {}
+
+  Fault prepare(const T* row, std::int64_t size, const RowParameters& parameters) {
+    x = row;
+    n = size;
+    num_groups = (n + kGroup - 1) / kGroup;
+    s.reserve(n, num_groups);
+    largest = group_maxima<V>(x, n, s.maxima.data());
+    if (!(largest < std::numeric_limits<float>::infinity() && largest > kMinusInfinity))
+      return largest != largest ? Fault::nan : largest > 0 ? Fault::infinity : Fault::nothing;
+    alone = parameters.top_k == 1 ? first_of_largest() : -1;
+    if (alone >= 0) return Fault::none;
+    scale = parameters.scale;
+    min_mass = parameters.min_mass;
+    listed = false;
+    cut = {kMinusInfinity, 0, 0};
+    tie_group = tie_id = n;
+    const bool by_rank = parameters.top_k > 0 && parameters.top_k < n, by_mass = parameters.top_p < 1;
+    if (by_rank) keep_leading(parameters.top_k);
+    if (by_mass) keep_share(parameters.top_p);
+    if (listed && cut.kept < cut.equal) find_last_tie();
+    weigh_groups();
+    return Fault::none;
+  }
+
+  std::pair<std::int64_t, float> draw(std::uint64_t seed, std::uint64_t position) {
+    if (alone >= 0) return {alone, 0.0f};
+    race_quotients(s.race_ids.data(), s.race_weights.data(), padded(num_racing), 1, seed, position, s.quotients.data());
+    const std::int64_t group = s.race_ids[first_least(s.quotients.data(), num_racing)];
+    alignas(64) std::uint32_t ids[kGroup];
+    alignas(64) double weights[kGroup];
+    const std::int64_t count = weigh_members(group, ids, weights);
+    race_quotients(ids, weights, padded(count), 0, seed, position, s.quotients.data());
+    const std::int64_t winner = first_least(s.quotients.data(), count);
+    const double share = log2_of(weights[winner]) - log2_of(static_cast<double>(total));
+    return {ids[winner], static_cast<float>(share * 0.6931471805599453)};
+  }
+
+ private:
+  Scratch& s;
+  const T* x = nullptr;
+  std::int64_t n = 0, num_groups = 0, num_racing = 0;
+  float largest = 0, scale = 0, min_mass = 0;
+  std::int64_t alone = -1;  // the only survivor, if that is known
+  bool listed = false;      // whether the candidates stand in s.list, group by group
+  float list_bound = 0;     // no listed logit is smaller
+  std::int64_t num_listed = 0, total = 0;
+  Cut cut{};
+  std::int64_t tie_group = 0, tie_id = 0;  // the last token that stays at the cut
+
+  static std::int64_t padded(std::int64_t count) { return (count + 15) / 16 * 16; }
+  std::int64_t group_end(std::int64_t group) const { return std::min(n, (group + 1) * kGroup); }
+  std::int64_t segment(std::int64_t group) const { return s.segments[group]; }
+
+  std::int64_t first_of_largest() const {
+    std::int64_t group = 0;
+    while (s.maxima[group] != largest) ++group;
+    const V top = V::set(largest);
+    for (std::int64_t i = group * kGroup;; i += V::width)
+      if (count(at_least(load_n<V>(x + i, n - i), top)) != 0)
+        for (;; ++i)
+          if (element(x + i) == largest) return i;
+  }
+
+  // No token below has a mass of `mass` (at least 1), with some room for rounding.
+  float lowest_logit_of_mass(double mass) const {
+    const double t = std::log2(std::max(mass, 1.0)) - 40.0 - 0.01;
+    return static_cast<float>(std::max(largest + t / scale, -double{std::numeric_limits<float>::max()}));
+  }
+
+  // Gathers the tokens with x >= bound into the list, in order of id.
+  void gather(float bound) {
+    s.reserve_lists(n);
+    list_bound = bound;
+    const V vbound = V::set(bound);
+    float* xs = s.list.x.data();
+    std::int64_t at = 0;
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      s.segments[group] = static_cast<std::int32_t>(at);
+      if (s.maxima[group] < bound) continue;
+      for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += V::width) {
+        const V a = load_n<V>(x + i, end - i);
+        at += compress(at_least(a, vbound), a, xs + at);
+      }
+    }
+    s.segments[num_groups] = static_cast<std::int32_t>(at);
+    listed = true;
+    num_listed = at;
+  }
+
+  void weigh_list() {
+    const MassOf<V> mass(largest, scale);
+    for (std::int64_t i = 0; i < num_listed; i += V::width) mass(V::load(s.list.x.data() + i)).store(s.list.w.data() + i);
+    total = sum_of(s.list.w.data(), num_listed);
+  }
+
+  // The same with masses, and in the same pass the mass of all tokens, listed or not.
+  void gather_and_weigh_all(float bound) {
+    s.reserve_lists(n);
+    list_bound = bound;
+    const V vbound = V::set(bound);
+    const MassOf<V> mass(largest, scale);
+    const float no_mass_below = lowest_logit_of_mass(1);
+    float *xs = s.list.x.data(), *ws = s.list.w.data();
+    std::int64_t at = 0;
+    total = 0;
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      s.segments[group] = static_cast<std::int32_t>(at);
+      if (s.maxima[group] < no_mass_below) continue;
+      WideSum sum = WideSum::zero();
+      for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
+        V a[kInStep], w[kInStep];
+        load_in_step(x + i, end - i, a);
+        for (int j = 0; j < kInStep; ++j) w[j] = a[j];
+        mass.replace(w);
+        for (int j = 0; j < kInStep; ++j) {
+          const Mask stays = at_least(a[j], vbound);
+          sum.add(w[j]);
+          compress(stays, w[j], ws + at);
+          at += compress(stays, a[j], xs + at);
+        }
+      }
+      total += static_cast<std::int64_t>(sum.total());
+    }
+    s.segments[num_groups] = static_cast<std::int32_t>(at);
+    listed = true;
+    num_listed = at;
+  }
+
+  static std::int64_t sum_of(const float* ws, std::int64_t count) {
+    std::int64_t sum = 0;
+    for (std::int64_t begin = 0; begin < count; begin += kExactSum) {
+      WideSum part = WideSum::zero();
+      const std::int64_t end = std::min(count, begin + kExactSum);
+      for (std::int64_t i = begin; i < end; i += V::width) part.add(keep(greater(load_n<V>(ws + i, end - i), V::set(0)), load_n<V>(ws + i, end - i)));
+      sum += static_cast<std::int64_t>(part.total());
+    }
+    return sum;
+  }
+
+  void keep_leading(std::int64_t k) {
+    const float no_mass_below = lowest_logit_of_mass(1);
+    float bound;
+    if (k <= num_groups) {  // k tokens are as large as the k-th largest of the groups' maxima
+      bound = bound_of_leading(s.maxima.data(), num_groups, no_mass_below, k);
+    } else {  // a guess from one vector of each group
+      s.reserve_lists(n);
+      std::int64_t sampled = 0;
+      for (std::int64_t i = 0; i + V::width <= n; i += kGroup, sampled += V::width) V::load(x + i).store(s.other.x.data() + sampled);
+      const double expected = static_cast<double>(k) * static_cast<double>(sampled) / static_cast<double>(n);
+      const std::int64_t enough = static_cast<std::int64_t>(expected + 4 * std::sqrt(expected) + 4);
+      bound = bound_of_leading(s.other.x.data(), sampled, no_mass_below, enough);
+    }
+    gather(bound);
+    if (num_listed < k && bound > no_mass_below) gather(bound = no_mass_below);
+    if (num_listed > k) {
+      cut = find_cut<false>(k);
+      drop_below_cut();
+    } else {  // whatever is not listed has no mass or is not among the first k
+      cut = {bound, 0, 0};
+    }
+    weigh_list();
+    if (cut.kept < cut.equal) {
+      float w[V::width];
+      MassOf<V>(largest, scale)(V::set(cut.x)).store(w);
+      total -= (cut.equal - cut.kept) * static_cast<std::int64_t>(w[0]);
+    }
+  }
+
+  // A value that at least k of these reach, and not many more; `low` if they are not that many.
+  float bound_of_leading(const float* values, std::int64_t size, float low, std::int64_t k) const {
+    float high = largest;
+    for (int step = 0; step < 20; ++step) {
+      const float middle = static_cast<float>(0.5 * (double{low} + double{high}));
+      if (!(middle > low && middle < high)) break;
+      const V at = V::set(middle);
+      std::int64_t reached = 0;
+      for (std::int64_t i = 0; i < size; i += V::width) reached += count(at_least(load_n<V>(values + i, size - i), at));
+      (reached >= k ? low : high) = middle;
+      if (reached >= k && reached <= k + k / 4) break;
+    }
+    return low;
+  }
+
+  // Removes what is smaller than the cut from the list. Equal ones stay, those too that top-k does not keep: they come
+  // last in the order, so a share of the true total never reaches them.
+  void drop_below_cut() {
+    const V at_cut = V::set(cut.x);
+    float* xs = s.list.x.data();
+    std::int64_t to = 0, begin = segment(0);
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      const std::int64_t end = segment(group + 1);
+      s.segments[group] = static_cast<std::int32_t>(to);
+      for (std::int64_t i = begin; i < end; i += V::width) {  // to <= i: what is overwritten has been read
+        const V a = load_n<V>(xs + i, end - i);
+        const Mask stays = at_least(a, at_cut);
+        if (to + V::width <= end) {
+          to += compress(stays, a, xs + to);
+          continue;
+        }
+        float kept[V::width];  // a whole vector at `to` would reach into the next group
+        const int num_kept = compress(stays, a, kept);
+        std::copy_n(kept, num_kept, xs + to);
+        to += num_kept;
+      }
+      begin = end;
+    }
+    s.segments[num_groups] = static_cast<std::int32_t>(to);
+    num_listed = to;
+    list_bound = cut.x;
+  }
+
+  void keep_share(double p) {
+    if (!listed) {
+      // Tokens whose mass is less than an n-th of the share to be dropped, less one, are surely dropped: all of them weigh
+      // less than (1 - p) total - n, so the others reach `need`, which is p total rounded up. The sum of the groups'
+      // maxima stands in for the total, which is larger.
+      const MassOf<V> mass(largest, scale);
+      double least = 0;
+      for (std::int64_t group = 0; group < num_groups; group += V::width) {
+        WideSum sum = WideSum::zero();
+        sum.add(mass(load_n<V>(s.maxima.data() + group, num_groups - group)));
+        least += sum.total();
+      }
+      gather_and_weigh_all(lowest_logit_of_mass((1 - p) * least / static_cast<double>(n) - 1));
+    }
+    const std::int64_t need = std::min(total, std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(static_cast<double>(total) * p))));
+    cut = find_cut<true>(need);
+  }
+
+  // The cut that leaves `need` tokens, or tokens up to the one that brings their mass to `need`. The list is not changed.
+  // Invariant: all of x, w have low < x <= high, and what is larger than high weighs `above` < need.
+  template <bool by_mass>
+  Cut find_cut(std::int64_t need) {
+    const float *xs = s.list.x.data(), *ws = s.list.w.data();
+    List *from = nullptr, *to = &s.other;
+    std::int64_t size = num_listed, above = 0;
+    float low = std::nextafter(list_bound, kMinusInfinity), high = largest;
+    if (size > kMany) {
+      const Bracket bracket = by_mass ? bracket_cut<true>(need) : bracket_cut<false>(need);
+      if (bracket.found) {
+        low = bracket.low, high = bracket.high;
+        above = bracket.above, size = bracket.size;
+        from = &s.other, to = &s.rest;
+        xs = from->x.data(), ws = from->w.data();
+      }
+    }
+    for (int step = 0; size > kFew; ++step) {
+      float middle = static_cast<float>(0.5 * (double{low} + double{high}));
+      if (step > 40) middle = middle_of_bits(low, high);  // logits that cluster around one value
+      if (!(middle > low && middle < high)) break;
+      List* rest = from == nullptr ? &s.rest : from;  // in place: it shrinks towards its start
+      std::int64_t up = 0, down = 0;
+      const std::int64_t heavier = by_mass ? partition<true>(xs, ws, size, middle, *to, *rest, up, down)
+                                           : partition<false>(xs, ws, size, middle, *to, *rest, up, down);
+      if (above + heavier >= need) {
+        low = middle;
+        from = to;
+        to = rest;
+        size = up;
+      } else {
+        high = middle;
+        above += heavier;
+        from = rest;
+        size = down;
+      }
+      xs = from->x.data();
+      ws = from->w.data();
+    }
+    return by_mass ? cut_of_sorted<true>(xs, ws, size, need - above) : cut_of_sorted<false>(xs, ws, size, need - above);
+  }
+
+  static constexpr std::int64_t kFew = 48, kMany = 1 << 14, kSample = 1 << 11;
+
+  // A narrow interval (low, high] around the cut, guessed from a sample of the list and verified by one pass over it, which
+  // leaves the tokens inside in s.other. Not found where the sample's mass is that of a few tokens.
+  struct Bracket {
+    bool found;
+    float low, high;
+    std::int64_t above, size;  // what is larger than high weighs, and the tokens inside
+  };
+
+  template <bool by_mass>
+  Bracket bracket_cut(std::int64_t need) {
+    const float *xs = s.list.x.data(), *ws = s.list.w.data();
+    float *sample_x = s.rest.x.data(), *sample_w = s.rest.w.data();
+    std::int64_t sampled = 0;
+    const std::int64_t stride = num_listed / kSample * V::width;
+    float weight = 0, square = 0;
+    for (std::int64_t i = 0; i + V::width <= num_listed; i += stride, sampled += V::width) {
+      V::load(xs + i).store(sample_x + sampled);
+      const V w = by_mass ? V::load(ws + i) * V::set(0x1p-40f) : V::set(1);
+      w.store(sample_w + sampled);
+      weight += w.sum();
+      square += (w * w).sum();
+    }
+    if (weight * weight < 400 * square) return {};
+    const float share = static_cast<float>(static_cast<double>(need) / static_cast<double>(by_mass ? total : num_listed));
+    const float slack = 3 * std::sqrt(square) / weight;
+    const float low = sample_quantile((share + slack) * weight, sampled), high = sample_quantile((share - slack) * weight, sampled);
+    const V vlow = V::set(low), vhigh = V::set(high);
+    float *to_x = s.other.x.data(), *to_w = s.other.w.data();
+    std::int64_t size = 0, above = 0, inside = 0;
+    for (std::int64_t begin = 0; begin < num_listed; begin += kExactSum) {
+      WideSum sum_above = WideSum::zero(), sum_inside = WideSum::zero();
+      const std::int64_t end = std::min(num_listed, begin + kExactSum);
+      for (std::int64_t i = begin; i < end; i += V::width) {
+        const V a = load_n<V>(xs + i, end - i);
+        const Mask larger = greater(a, vhigh), between = both(greater(a, vlow), opposite(larger));
+        if constexpr (by_mass) {
+          const V w = load_n<V>(ws + i, end - i);
+          sum_above.add(keep(larger, w));
+          sum_inside.add(keep(between, w));
+          compress(between, w, to_w + size);
+        } else {
+          above += count(larger);
+        }
+        size += compress(between, a, to_x + size);
+      }
+      if constexpr (by_mass) {
+        above += static_cast<std::int64_t>(sum_above.total());
+        inside += static_cast<std::int64_t>(sum_inside.total());
+      }
+    }
+    if constexpr (!by_mass) inside = size;
+    return {above < need && above + inside >= need, low, high, above, size};
+  }
+
+  // About the logit above which the sample weighs `weight`.
+  float sample_quantile(float weight, std::int64_t sampled) const {
+    float low = std::nextafter(list_bound, kMinusInfinity), high = largest;
+    for (int step = 0; step < 12; ++step) {
+      const float middle = static_cast<float>(0.5 * (double{low} + double{high}));
+      const V at = V::set(middle);
+      V sum = V::set(0);
+      for (std::int64_t i = 0; i < sampled; i += V::width)
+        sum = sum + keep(greater(V::load(s.rest.x.data() + i), at), V::load(s.rest.w.data() + i));
+      (sum.sum() >= weight ? low : high) = middle;
+    }
+    return low;
+  }
+
+  static float middle_of_bits(float low, float high) {
+    auto ordered = [](float f) { const std::int32_t i = std::bit_cast<std::int32_t>(f); return std::int64_t{i < 0 ? std::numeric_limits<std::int32_t>::min() - i : i}; };
+    const std::int64_t middle = (ordered(low) + ordered(high)) >> 1;
+    const std::int32_t i = static_cast<std::int32_t>(middle < 0 ? std::numeric_limits<std::int32_t>::min() - middle : middle);
+    return std::bit_cast<float>(i);
+  }
+
+  // Splits into x > middle and the rest, both in order, and returns what the former weigh.
+  template <bool by_mass>
+  static std::int64_t partition(const float* xs, const float* ws, std::int64_t size, float middle, List& above, List& below,
+                                std::int64_t& up, std::int64_t& down) {
+    const V at = V::set(middle);
+    float *above_x = above.x.data(), *above_w = above.w.data(), *below_x = below.x.data(), *below_w = below.w.data();
+    std::int64_t weight = 0;
+    for (std::int64_t begin = 0; begin < size; begin += kExactSum) {
+      WideSum sum = WideSum::zero();
+      const std::int64_t end = std::min(size, begin + kExactSum);
+      std::int64_t i = begin;
+      for (; i + V::width <= end; i += V::width) {
+        const V a = V::load(xs + i);
+        const Mask larger = greater(a, at), smaller = opposite(larger);
+        if constexpr (by_mass) {
+          const V w = V::load(ws + i);
+          sum.add(keep(larger, w));
+          compress(larger, w, above_w + up);
+          compress(smaller, w, below_w + down);
+        }
+        up += compress(larger, a, above_x + up);
+        down += compress(smaller, a, below_x + down);
+      }
+      double tail = 0;
+      for (; i < end; ++i) {
+        const float a = xs[i], w = by_mass ? ws[i] : 0.0f;
+        if (a > middle) {
+          above_x[up] = a, above_w[up++] = w;
+          tail += double{w};
+        } else {
+          below_x[down] = a, below_w[down++] = w;
+        }
+      }
+      if constexpr (by_mass) weight += static_cast<std::int64_t>(sum.total() + tail);
+    }
+    return by_mass ? weight : up;
+  }
+
+  // The end of the search: few tokens, or many with one logit.
+  template <bool by_mass>
+  Cut cut_of_sorted(const float* xs, const float* ws, std::int64_t size, std::int64_t need) {
+    std::vector<std::pair<float, float>>& sorted = s.sorted;
+    sorted.resize(static_cast<std::size_t>(size));
+    for (std::int64_t i = 0; i < size; ++i) sorted[i] = {xs[i], by_mass ? ws[i] : 1.0f};
+    if (size <= kFew) {
+      for (std::int64_t i = 1; i < size; ++i) {
+        const auto moving = sorted[i];
+        std::int64_t to = i;
+        for (; to > 0 && sorted[to - 1].first < moving.first; --to) sorted[to] = sorted[to - 1];
+        sorted[to] = moving;
+      }
+    } else {
+      std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    }
+    for (std::int64_t i = 0; i < size;) {
+      std::int64_t equal = 1;
+      while (i + equal < size && sorted[i + equal].first == sorted[i].first) ++equal;
+      const std::int64_t each = by_mass ? static_cast<std::int64_t>(sorted[i].second) : 1;
+      if (each > 0 && each * equal >= need) return {sorted[i].first, (need + each - 1) / each, equal};
+      need -= each * equal;
+      i += equal;
+    }
+    return {kMinusInfinity, 0, 0};  // not reached: all that is left weighs at least `need`
+  }
+
+  // Of the tokens equal to the cut only the first `kept` stay: the group and the id of the last of them.
+  void find_last_tie() {
+    std::int64_t left = cut.kept;
+    const V at = V::set(cut.x);
+    for (tie_group = 0;; ++tie_group) {
+      std::int64_t here = 0;
+      if (s.maxima[tie_group] >= cut.x)
+        for (std::int64_t i = tie_group * kGroup, end = group_end(tie_group); i < end; i += V::width) {
+          const V a = load_n<V>(x + i, end - i);
+          here += count(both(at_least(a, at), at_least(at, a)));
+        }
+      if (here >= left) break;
+      left -= here;
+    }
+    for (tie_id = tie_group * kGroup;; ++tie_id)
+      if (element(x + tie_id) == cut.x && --left == 0) return;
+  }
+
+  // The groups that race: ids and masses of those with survivors, and the survivors' total.
+  void weigh_groups() {
+    num_racing = 0;
+    total = 0;
+    const float bound = std::max(cut.x, lowest_logit_of_mass(min_mass));
+    const MassOf<V> mass(largest, scale);
+    const V vmin = V::set(std::max(min_mass, 1.0f)), vcut = V::set(cut.x);
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      if (s.maxima[group] < bound) continue;
+      double weight;
+      if (group == tie_group) {
+        alignas(64) std::uint32_t ids[kGroup];
+        alignas(64) double weights[kGroup];
+        weight = 0;
+        for (std::int64_t i = weigh_members(group, ids, weights); i-- > 0;) weight += weights[i];
+      } else {
+        WideSum sum = WideSum::zero();
+        if (listed) {
+          const float *xs = s.list.x.data(), *ws = s.list.w.data();
+          for (std::int64_t i = segment(group), end = segment(group + 1); i < end; i += V::width) {
+            const V a = load_n<V>(xs + i, end - i), w = load_n<V>(ws + i, end - i);
+            const Mask beyond = group < tie_group ? at_least(a, vcut) : greater(a, vcut);
+            sum.add(keep(both(beyond, at_least(w, vmin)), w));
+          }
+        } else {
+          for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
+            V w[kInStep];
+            load_in_step(x + i, end - i, w);
+            mass.replace(w);
+            for (int j = 0; j < kInStep; ++j) sum.add(keep(at_least(w[j], vmin), w[j]));
+          }
+        }
+        weight = sum.total();
+      }
+      s.race_ids[num_racing] = static_cast<std::uint32_t>(group);
+      s.race_weights[num_racing] = weight;
+      num_racing += weight > 0;
+      total += static_cast<std::int64_t>(weight);
+    }
+    pad(s.race_ids.data(), s.race_weights.data(), num_racing);
+  }
+
+  // The survivors of one group, padded for the race.
+  std::int64_t weigh_members(std::int64_t group, std::uint32_t* ids, double* weights) const {
+    const MassOf<V> mass(largest, scale);
+    const float floor_mass = std::max(min_mass, 1.0f);
+    std::int64_t count = 0;
+    for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += V::width) {
+      const V a = load_n<V>(x + i, end - i);
+      float logit[V::width], w[V::width];
+      a.store(logit);
+      mass(a).store(w);
+      const int lanes = static_cast<int>(std::min<std::int64_t>(V::width, end - i));
+      for (int lane = 0; lane < lanes; ++lane) {
+        ids[count] = static_cast<std::uint32_t>(i + lane);
+        weights[count] = double{w[lane]};
+        count += w[lane] >= floor_mass && (logit[lane] > cut.x || (logit[lane] == cut.x && i + lane <= tie_id));
+      }
+    }
+    pad(ids, weights, count);
+    return count;
+  }
+
+  static void pad(std::uint32_t* ids, double* weights, std::int64_t count) {
+    for (std::int64_t i = count; i < padded(count); ++i) ids[i] = 0, weights[i] = 0;
+  }
+};

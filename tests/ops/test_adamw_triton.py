@@ -1,0 +1,127 @@
+"""The Triton AdamW where there is no GPU: its machine code and its interpreted tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton_gate import DEVICES, H100, Compiled, compile_for, run_interpreted
+
+from fasttrain.kernels import adamw as kernels
+
+TARGETS = list(DEVICES)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VARIANTS = [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "fp32"), ("bf16", "bf16")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+def compiled_update(
+    param: str, moment: str, target: str, *, ema: bool = False, zero: bool = False, aligned: bool = True
+) -> Compiled:
+    import triton.language as tl
+
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16}
+    signature = {"table": "*i64", "factors": "*fp32", "blocks": "*i64", "multiplier": "*fp32", "skip": "*fp32"}
+    constexprs: dict[str, Any] = {
+        "BLOCK": kernels.block_of(DTYPES[moment]),
+        "TYPE": types[param],
+        "MOMENT": types[moment],
+        "ALIGNED": aligned,
+        "WITH_EMA": ema,
+        "ZERO": zero,
+        "SOFTWARE_BF16": False,
+    }
+    return compile_for(
+        kernels._update_kernel,
+        signature,
+        constexprs,
+        target,
+        element_size=2 if "bf16" in (param, moment) else 4,
+        num_warps=kernels.NUM_WARPS,
+        fp_fusion=False,
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("param", "moment"), VARIANTS)
+def test_the_update_has_no_spills_and_only_wide_accesses(param: str, moment: str, target: str) -> None:
+    compiled = compiled_update(param, moment, target)
+    assert compiled.spills == compiled.local_bytes == compiled.num_float_atomics == 0
+    assert compiled.wide_share >= 0.95
+    assert compiled.occupancy >= (3 if moment == "bf16" else 8)
+
+
+@pytest.mark.parametrize("options", [{"ema": True, "zero": True}, {"aligned": False}], ids=str)
+def test_its_other_forms_do_not_spill_either(options: dict[str, bool]) -> None:
+    compiled = compiled_update("fp32", "bf16", "sm_90", **options)
+    assert compiled.spills == compiled.local_bytes == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_norm_has_no_spills_and_only_wide_accesses(target: str) -> None:
+    import triton.language as tl
+
+    signature = {"table": "*i64", "blocks": "*i64", "sums": "*fp32"}
+    compiled = compile_for(
+        kernels._norm_kernel,
+        signature,
+        {"BLOCK": kernels.BLOCK, "TYPE": tl.float32, "ALIGNED": True},
+        target,
+        element_size=4,
+        num_warps=kernels.NUM_WARPS,
+    )
+    assert compiled.spills == compiled.local_bytes == compiled.num_float_atomics == 0
+    assert compiled.wide_share >= 0.95
+
+
+def test_instructions_leave_memory_the_bottleneck() -> None:
+    """Instructions an H100 issues in the time in which it moves a parameter's bytes."""
+    for param, moment in VARIANTS:
+        sizes = [DTYPES[dtype].itemsize for dtype in (param, param, moment, moment)]  # p, g, m, v
+        num_bytes = sum(sizes) + sum(sizes) - sizes[1]
+        budget = num_bytes / H100["memory"] * H100["issue"]
+        compiled = compiled_update(param, moment, "sm_90")
+        element_size = 2 if "bf16" in (param, moment) else 4
+        instructions = compiled.instructions_per_element * sum(sizes) / element_size
+        assert instructions <= budget, (param, moment, instructions, budget)
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    with pytest.raises(ValueError, match=r"CPU tensors.*TRITON_INTERPRET=1"):
+        kernels.adamw_norm([torch.ones(3)])
+
+
+def test_interpreted_tests_pass() -> None:
+    run_interpreted(Path(__file__).with_name("interpreted_adamw.py"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_a_gpu_gives_the_bits_of_the_reference(state_dtype: str) -> None:
+    from test_adamw_kernels import assert_same_bits, make, set_gradients
+
+    from fasttrain.ops.adamw import AdamW
+
+    for dtype in (torch.float32, torch.bfloat16):
+        optimizers = []
+        for impl in ("triton", "reference"):
+            parameters = [torch.nn.Parameter(p.detach().cuda()) for p in make(dtype)]
+            optimizers.append(AdamW(parameters, lr=0.1, ema_decay=0.9, state_dtype=state_dtype, impl=impl))  # type: ignore[arg-type]
+        for step in range(3):
+            for optimizer in optimizers:
+                own = [torch.nn.Parameter(p.detach().cpu()) for p in optimizer._parameters()]
+                set_gradients(own, seed=step)
+                for p, q in zip(optimizer._parameters(), own):
+                    p.grad = q.grad.cuda() if q.grad is not None else None
+                optimizer.step(grad_scale=torch.tensor(0.37, device="cuda"))
+            assert_same_bits(*optimizers)

@@ -1,0 +1,181 @@
+"""The compiled ops.sample: the reference's tokens and log-probabilities, bit for bit, on every instruction set here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sample_problems import assert_equal_to_the_reference, compare_random_rows
+from torch import Tensor
+
+from fasttrain import backend_info, ops
+from fasttrain.backend import extension
+
+_C = extension()
+pytestmark = pytest.mark.skipif(_C is None, reason="the compiled extension is not installed")
+ISAS = _C.available_isas() if _C else []
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MANY = {"top_k": 3000, "top_p": 0.5, "min_p": 0.01}
+FILTERS: list[dict[str, Any]] = [
+    {}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.9}, MANY,
+    {"temperature": 2.0, "top_p": 0.999}, {"temperature": 0.0}, {"top_p": 0.0},
+]  # fmt: skip
+
+
+@pytest.fixture(params=ISAS, scope="module")
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_thousand_random_rows(isa: str) -> None:
+    compare_random_rows("cpp", 0, 2_000)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_random_rows(isa: str) -> None:
+    compare_random_rows("cpp", 1, 100_000)
+
+
+@pytest.mark.parametrize("V", [1, 2, 15, 16, 17, 255, 256, 257, 4095, 50257, 128256, 262144])
+def test_every_vocabulary_size_and_type(isa: str, V: int) -> None:
+    x = torch.randn(2, V, generator=torch.Generator().manual_seed(V)) * 3
+    for dtype in DTYPES:
+        for options in FILTERS if V < 5000 else FILTERS[V % 2 :: 4]:
+            assert_equal_to_the_reference("cpp", x.to(dtype), seed=torch.arange(2), position=V, **options)
+
+
+def test_a_flat_row_whose_total_exceeds_what_float64_counts_exactly(isa: str) -> None:
+    x = torch.zeros(1, 262144)  # 2^58
+    for options in ({}, {"top_p": 0.9}, {"top_k": 100_000}, {"top_p": 0.3}, {"top_k": 3, "top_p": 0.5}):
+        assert_equal_to_the_reference("cpp", x, seed=3, **options)
+    x[0, ::3] += 1e-3
+    assert_equal_to_the_reference("cpp", x, seed=3, top_p=0.7)
+    assert_equal_to_the_reference("cpp", x, seed=3, top_k=150_000, top_p=0.99)
+
+
+def test_logits_that_cluster_where_halving_an_interval_is_slow(isa: str) -> None:
+    """Subnormal steps above zero, neighbouring floats, and many ties at the cut itself."""
+    tiny = (torch.arange(1, 3001, dtype=torch.int32)).view(torch.float32)  # the smallest subnormals
+    neighbours = (torch.arange(3000, dtype=torch.int32) + 0x3F800000).view(torch.float32)
+    ties = torch.cat((torch.full((2000,), -1.0), torch.linspace(-5, 1, 1000)))
+    for row in (torch.cat((tiny, torch.tensor([1.0]))), neighbours, ties, ties.flip(0)):
+        x = row[torch.randperm(len(row), generator=torch.Generator().manual_seed(0))].expand(20, -1)
+        few = {"top_p": 0.01, "temperature": 1e-4}
+        for options in ({"top_p": 0.5}, {"top_k": 700}, {"top_k": 1500, "top_p": 0.8}, few):
+            assert_equal_to_the_reference("cpp", x, seed=torch.arange(20), **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_row_of_floats(data: st.DataObject) -> None:
+    value = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0, 1.0, -math.inf])
+    row = data.draw(st.lists(value, min_size=1, max_size=40))
+    if all(v == -math.inf for v in row):
+        row[0] = 0.0
+    options = {
+        "temperature": data.draw(st.floats(0, 2.0**66, width=32)),
+        "top_k": data.draw(st.integers(0, 45)),
+        "top_p": data.draw(st.floats(0, 1)),
+        "min_p": data.draw(st.floats(0, 1)),
+        "seed": data.draw(st.integers(0, 2**63 - 1)),
+        "position": data.draw(st.integers(0, 2**63 - 1)),
+    }
+    assert_equal_to_the_reference("cpp", torch.tensor([row]), **options)
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    x = torch.randn(23, 20_000, generator=torch.Generator().manual_seed(1)) * 3
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(ops.sample(x, seed=torch.arange(23), top_p=0.8, impl="cpp", return_logprobs=True))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced columns", "every other row", "expanded", "offset"])
+def test_any_strides_and_the_logits_are_only_read(layout: str) -> None:
+    base = torch.randn(12, 301, generator=torch.Generator().manual_seed(0)) * 3
+    views = {
+        "transposed": base.t().contiguous().t(),
+        "sliced columns": torch.cat([base, base], 1)[:, 301:],
+        "every other row": base.repeat_interleave(2, 0)[::2],
+        "expanded": base[:1].expand(12, 301),
+        "offset": torch.cat([torch.zeros(1), base.flatten()])[1:].view(12, 301),
+    }
+    before = views[layout].clone()
+    leaf = views[layout].detach().requires_grad_()
+    for options in FILTERS:
+        assert_equal_to_the_reference("cpp", leaf, seed=torch.arange(12), **options)
+    assert torch.equal(leaf.detach(), before) and leaf._version == 0
+
+
+def test_offsets_beyond_two_to_the_31(tmp_path: Path) -> None:
+    """Rows 2^30 + 8 elements apart in a sparse file: a 32-bit offset would wrap and read other memory."""
+    stride, V = 2**30 + 8, 300
+    flat = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * stride + V, dtype=torch.float32)
+    logits = flat.as_strided((4, V), (stride, 1))
+    dense = torch.randn(4, V)
+    logits.copy_(dense)
+    assert torch.equal(ops.sample(logits, seed=5, impl="cpp"), ops.sample(dense, seed=5, impl="reference"))
+
+
+def test_the_first_bad_row_is_named_whatever_the_threads() -> None:
+    x = torch.zeros(40, 8192)
+    x[13, 77], x[31] = math.nan, -math.inf
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        with pytest.raises(ValueError, match="row 13 holds NaN"):
+            ops.sample(x, seed=torch.arange(40), impl="cpp")
+
+
+def test_nan_is_found_in_every_place(isa: str) -> None:
+    for V in (1, 7, 300):
+        for place in range(V):
+            x = torch.zeros(1, V)
+            x[0, place] = math.nan
+            with pytest.raises(RuntimeError, match="NaN"):
+                torch.ops.fasttrain.sample(x, 1.0, 0, 1.0, 0.0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_registered_ops_pass_opcheck(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 40).to(dtype)
+    torch.library.opcheck(torch.ops.fasttrain.sample, (x, 0.8, 5, 0.9, 0.0, 1, 2))
+    rows = (torch.rand(3), None, None, torch.rand(3), torch.arange(3), torch.arange(3))
+    torch.library.opcheck(torch.ops.fasttrain.sample_rows, (x, 1.0, 5, 0.9, 0.0, 1, 2, *rows))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    def draw(x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 7, "position": position}
+        tokens, logprobs = ops.sample(x * 2, return_logprobs=True, **options)
+        return tokens + 1, logprobs
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for B in (3, 5):
+        x = torch.randn(B, 500)
+        for position in range(3):
+            want, got = draw(x, torch.tensor(position)), compiled(x, torch.tensor(position))
+            assert all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+def test_auto_takes_the_compiled_kernel() -> None:
+    choice = backend_info()["sample"]["cpu"]
+    assert (choice.impl, choice.reason) == ("cpp", "")

@@ -1,0 +1,129 @@
+"""The Triton ops.sample where there is no GPU: its machine code, and its interpreted tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton_gate import DEVICES, Compiled, compile_for, run_interpreted
+
+from fasttrain.kernels import sample as kernels
+
+TARGETS = list(DEVICES)
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+LONG = ("top_ks", "bound_keys", "bound_masses", "min_masses", "group_masses", "list_ranks", "list_masses", "cuts")
+LONG += ("survivor_masses", "seeds", "positions", "tokens")
+SIGNATURE = {
+    "maxima": "*fp32", "largest_logits": "*fp32", "scales": "*fp32", "logprobs": "*fp32", "top_ps": "*fp64",
+    "num_listed": "*i32", "row_stride": "i64", "V": "i32", "G": "i32", **dict.fromkeys(LONG, "*i64"),
+}  # fmt: skip
+ISSUE_BUDGET = {2: 17.0, 4: 34.0}
+"""Instructions per logit that an H100 issues in the time in which it reads the logit from memory, by bytes per logit:
+128 lanes * 132 multiprocessors * 1.7 GHz / (3.35 TB/s / bytes)."""
+NO_LIST = dict.fromkeys(("bound_keys", "bound_masses", "num_listed", "list_ranks", "list_masses"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Machine code is made anew for every test run, and kept nowhere else."""
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+def compiled(kernel: Any, dtype: str, target: str, *, num_warps: int = 4, **constexprs: Any) -> Compiled:
+    return compile_for(kernel, SIGNATURE | {"logits": f"*{dtype}"}, constexprs, target, element_size=DTYPES[dtype],
+                       num_warps=num_warps, fp_fusion=False)  # fmt: skip
+
+
+def assert_clean(code: Compiled) -> None:
+    assert code.spills == 0 and code.local_bytes == 0
+    assert code.num_float_atomics == 0
+    assert code.occupancy >= 2
+
+
+def assert_passes_are_clean(groups: int, dtype: str, target: str) -> None:
+    maxima = compiled(kernels._maxima_kernel, dtype, target, GROUPS=groups)
+    masses = compiled(kernels._masses_kernel, dtype, target, GROUPS=groups, FILTERED=False, **NO_LIST)
+    num_loads = groups * 256 * DTYPES[dtype] / (128 * 16)  # by each of 128 threads, if all move 128 bits
+    for code in (maxima, masses):
+        assert_clean(code)
+        assert code.wide_share >= num_loads / (num_loads + 1)  # the one store of a result per group is narrow
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_two_passes_over_the_logits_have_no_spills_and_only_wide_loads(dtype: str, target: str) -> None:
+    assert_passes_are_clean(16, dtype, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_kernels_of_a_filtered_row_have_no_spills(target: str) -> None:
+    assert_clean(compiled(kernels._masses_kernel, "bf16", target, GROUPS=4, FILTERED=True))
+    assert_clean(compiled(kernels._draw_kernel, "bf16", target, PADDED_G=512, FILTERED=True))
+    assert_clean(compiled(kernels._bounds_kernel, "fp32", target, PADDED_G=512, FILTERED=True))
+    cuts = compiled(kernels._cuts_kernel, "fp32", target, PADDED_G=512, BLOCK=1024, num_warps=kernels.CUT_WARPS)
+    assert cuts.spills == 0 and cuts.local_bytes == 0 and cuts.num_float_atomics == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_machine_code_of_every_variant_is_clean(dtype: str, target: str) -> None:
+    for groups in (4, 16):
+        assert_passes_are_clean(groups, dtype, target)
+    for padded in (1, 16, 512, 1024):
+        for filtered in (False, True):
+            assert_clean(compiled(kernels._draw_kernel, dtype, target, PADDED_G=padded, FILTERED=filtered))
+    assert_clean(compiled(kernels._masses_kernel, dtype, target, GROUPS=4, FILTERED=True))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
+def test_instructions_of_the_first_pass_leave_memory_the_bottleneck(dtype: str, size: int) -> None:
+    assert compiled(kernels._maxima_kernel, dtype, "sm_90", GROUPS=16).instructions_per_element <= ISSUE_BUDGET[size]
+
+
+def test_instructions_of_the_second_pass_are_a_third_of_one_noise_per_token() -> None:
+    """Its logits come from the cache; a Gumbel variable per token costs 108.5 instructions per logit on this target."""
+    code = compiled(kernels._masses_kernel, "fp32", "sm_90", GROUPS=16, FILTERED=False, **NO_LIST)
+    assert code.instructions_per_element <= 108.5 / 2.4
+
+
+def test_products_and_sums_are_rounded_one_by_one() -> None:
+    """With fused multiply-adds the polynomials would take fewer instructions, and other bits would come out."""
+    arguments: dict[str, Any] = {"GROUPS": 16, "FILTERED": False, **NO_LIST}
+    types = SIGNATURE | {"logits": "*fp32"}
+    fused = compile_for(kernels._masses_kernel, types, arguments, "sm_90", element_size=4, num_warps=4)
+    code = compiled(kernels._masses_kernel, "fp32", "sm_90", **arguments)
+    assert code.instructions_per_element >= fused.instructions_per_element + 5
+    assert kernels.OPTIONS["enable_fp_fusion"] is False
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    row = torch.ones(2)
+    with pytest.raises(ValueError, match=r"CPU tensor.*TRITON_INTERPRET=1"):
+        kernels.sample(torch.zeros(2, 10), row, row, row, row, row, row)
+
+
+def test_interpreted_tests_pass() -> None:
+    run_interpreted(Path(__file__).with_name("interpreted_sample.py"))
+
+
+@pytest.mark.slow
+def test_interpreted_campaign_passes() -> None:
+    run_interpreted(Path(__file__).with_name("interpreted_sample.py"), "-m", "slow", timeout=900)
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_references_tokens() -> None:
+    from sample_problems import assert_equal_to_the_reference
+
+    for V in (7, 1000, 50257, 128256):
+        x = torch.randn(16, V, device="cuda") * 3
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for options in ({}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 3000, "top_p": 0.5}):
+                assert_equal_to_the_reference("triton", x.to(dtype), seed=torch.arange(16), **options)
