@@ -136,11 +136,10 @@ class _GradientInForward(torch.autograd.Function):
         if gradient is None:  # a second backward over a retained graph
             row_gradients = (grad_output * scale).expand_as(lse)
             gradient = ctx.kernels.cross_entropy_backward(row_gradients, logits, targets, lse, *ctx.terms)
-        elif on_host(gradient.device):
-            if read_scalar(grad_output.detach()) != 1.0:
-                gradient.mul_(grad_output)
-        else:
+        elif gradient.device.type == "cuda":
             _triton().scale_inplace(gradient, grad_output)  # the device looks whether it is 1: nobody waits
+        elif not on_host(gradient.device) or read_scalar(grad_output.detach()) != 1.0:
+            gradient.mul_(grad_output)
         return gradient, None, None, None, None
 
 

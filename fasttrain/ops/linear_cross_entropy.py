@@ -152,12 +152,12 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _scale_in_place(gradient: Tensor, factor: Tensor) -> None:
-    if on_host(gradient.device):
-        gradient.mul_(read_scalar(factor.detach()))  # a Python number is not rounded to the gradient's type
-        return
-    from ..kernels.cross_entropy import scale_inplace  # triton is imported by the first call that needs it
+    if gradient.device.type == "cuda":
+        from ..kernels.cross_entropy import scale_inplace  # triton is imported by the first call that needs it
 
-    scale_inplace(gradient if gradient.is_contiguous() else gradient.t(), factor.float())
+        scale_inplace(gradient if gradient.is_contiguous() else gradient.t(), factor.float())
+    else:  # on the host as a Python number, which is not rounded to the gradient's type
+        gradient.mul_(read_scalar(factor.detach()) if on_host(gradient.device) else factor)
 
 
 def _refuse_second_derivative() -> None:
