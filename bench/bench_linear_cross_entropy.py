@@ -61,7 +61,7 @@ def test_linear_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, i
     others = {"eager": lambda: step(eager)}
     if share_ignored == 0.0:
         others["floor: three products"] = floor(hidden, weight)
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    if hasattr(F, "linear_cross_entropy") and V < 100_000:  # torch 2.13; with its defaults a minute a call above
         others["F.linear_cross_entropy"] = lambda: step(torch_chunked)
     policy = allocator if DEVICE == "cpu" else DEVICE
     label = f"N={N} V={V} D={D} {str(DTYPE).removeprefix('torch.')}, {share_ignored:.0%} ignored, {policy}"
@@ -71,7 +71,7 @@ def test_linear_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, i
         label,
         lambda: step(ops.linear_cross_entropy),
         others,
-        rounds=7,
+        rounds=5,
         prepare=clear,
     )
 
