@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -56,6 +57,18 @@ struct Problem {
 
 enum class Pass { forward, fused, backward };
 
+// Threads take rows in small groups: ignored rows cost nothing, so equal shares would not be equal work, and the rows of a
+// group follow each other in memory, so that the prefetch at the end of one fetches the next.
+struct RowQueue {
+  std::int64_t rows, group;
+  std::atomic<std::int64_t> next{0};
+  template <class F>
+  void each(F&& f) {
+    for (std::int64_t row; (row = next.fetch_add(group, std::memory_order_relaxed)) < rows;)
+      for (const std::int64_t last = std::min(rows, row + group); row < last; ++row) f(row);
+  }
+};
+
 }  // namespace
 }  // namespace fasttrain
 
@@ -86,38 +99,35 @@ namespace fasttrain {
 namespace {
 
 template <class T>
-void run_row(Isa isa, const Problem& problem, Pass pass, std::int64_t row) {
+void run_rows(Isa isa, const Problem& problem, Pass pass, RowQueue& queue) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return avx512::run_row<avx512::Vec, T>(problem, pass, row);
-  if (isa == Isa::avx2) return avx2::run_row<avx2::Vec, T>(problem, pass, row);
+  if (isa == Isa::avx512) return avx512::run_rows<avx512::Vec, T>(problem, pass, queue);
+  if (isa == Isa::avx2) return avx2::run_rows<avx2::Vec, T>(problem, pass, queue);
 #endif
-  scalar::run_row<scalar::Vec, T>(problem, pass, row);
+  scalar::run_rows<scalar::Vec, T>(problem, pass, queue);
 }
 
-// Threads take rows one by one: ignored rows cost nothing, so equal shares would not be equal work.
 void run(const Problem& problem, Pass pass, ScalarType dtype) {
   const Isa isa = current_isa();
-  std::atomic<std::int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
   const std::int64_t threads = std::min<std::int64_t>(torch::stable::get_num_threads(), std::max<std::int64_t>(problem.N, 1));
+  RowQueue queue{problem.N, std::clamp<std::int64_t>(problem.N / (threads * 16), 1, 8)};
   torch::stable::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
-      for (std::int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < problem.N;) {
-        try {  // an exception must not leave the parallel region
-          switch (dtype) {
-            case ScalarType::Float: run_row<float>(isa, problem, pass, row); break;
-            case ScalarType::BFloat16: run_row<bfloat16>(isa, problem, pass, row); break;
-            case ScalarType::Half: run_row<float16>(isa, problem, pass, row); break;
-            default: scalar::run_row<scalar::VecF64, double>(problem, pass, row);
-          }
-        } catch (const std::bad_alloc&) {
-          out_of_memory = true;
+      try {  // an exception must not leave the parallel region
+        switch (dtype) {
+          case ScalarType::Float: run_rows<float>(isa, problem, pass, queue); break;
+          case ScalarType::BFloat16: run_rows<bfloat16>(isa, problem, pass, queue); break;
+          case ScalarType::Half: run_rows<float16>(isa, problem, pass, queue); break;
+          default: scalar::run_rows<scalar::VecF64, double>(problem, pass, queue);
         }
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
       }
     }
     std::atomic_thread_fence(std::memory_order_seq_cst);  // streaming stores are weakly ordered
   });
-  STD_TORCH_CHECK(!out_of_memory, "cross_entropy: no memory for one row of ", problem.V, " values per thread");
+  STD_TORCH_CHECK(!out_of_memory, "cross_entropy: no memory for two rows of ", problem.V, " values per thread");
 }
 
 Problem make_problem(const Tensor& logits, const Tensor& targets, std::int64_t ignore_index, double label_smoothing,

@@ -3,9 +3,10 @@
 //
 // A row is read from memory once. It is walked in blocks that fit the first-level cache; each block is exponentiated
 // against the running maximum of its time, the results stay in a row-sized scratch (second-level cache), and the
-// change of reference is one factor per block when the gradient is written. The gradient leaves by streaming stores,
-// which do not read the line they replace. It may be written over the logits: what is needed of a logit after that
-// (the target's) is read before.
+// change of reference is one factor per block when the gradient is written. A large gradient leaves by streaming stores,
+// which do not read the line they replace, a pair of vectors for each pair read of the *next* row: memory that reads and
+// writes at once moves a third more than memory that takes turns. It may be written over the logits: what is needed of
+// a logit after that (the target's) is read before.
 
 constexpr std::int64_t kBlock = 2048;
 
@@ -76,7 +77,8 @@ struct BlockSums {
   const Softcap<V>& softcap;
   double sum_exp = 0, sum_x = 0;
 
-  void add(std::int64_t begin, std::int64_t end, real ref) {
+  template <class Writer>
+  void add(std::int64_t begin, std::int64_t end, real ref, Writer& behind) {
     const V vref = V::set(ref);
     V total0 = V::set(0), total1 = V::set(0), plain = V::set(0);
     std::int64_t i = begin;
@@ -91,6 +93,7 @@ struct BlockSums {
       if (kKeep) { a.store(exps + i); b.store(exps + i + V::width); }
       total0 = total0 + a;
       total1 = total1 + b;
+      behind.pair();
     }
     for_vectors<V>(i, end, [&](std::int64_t j, int k) {
       V a = load_n<V>(x + j, k, real(0));
@@ -125,9 +128,10 @@ typename V::real block_maximum(const T* x, std::int64_t begin, std::int64_t end)
 
 // The first (and only) read of a row. With `exps` it leaves exp(x - reference[block]) there. The target y is summed by
 // nobody: 1 - p_y is then sum_rest / (sum_rest + e_y), without the cancellation that costs a sure model its digits.
-template <class V, bool kSoftcap, bool kSum, bool kKeep, class T>
+// `behind` writes an earlier row's gradient meanwhile.
+template <class V, bool kSoftcap, bool kSum, bool kKeep, class T, class Writer>
 RowStats reduce_row(const T* x, std::int64_t n, std::int64_t y, std::int64_t peel, const Softcap<V>& softcap,
-                    typename V::real* exps, double* reference) {
+                    typename V::real* exps, double* reference, Writer& behind) {
   using real = typename V::real;
   constexpr real kLowest = -std::numeric_limits<real>::infinity();
   real running_max = kLowest;
@@ -143,49 +147,83 @@ RowStats reduce_row(const T* x, std::int64_t n, std::int64_t y, std::int64_t pee
     // All -inf so far: any finite reference gives zeros; -inf itself would give NaN.
     const real ref = running_max == kLowest ? real(0) : running_max;
     if (kKeep) reference[block] = running_max == kLowest ? kLowest : ref;  // -inf: a factor of 0, whatever lse is
+    behind.open();
     if (y >= begin && y < end) {
-      sums.add(begin, y, ref);
-      sums.add(y + 1, end, ref);
+      sums.add(begin, y, ref, behind);
+      sums.add(y + 1, end, ref, behind);
     } else {
-      sums.add(begin, end, ref);
+      sums.add(begin, end, ref, behind);
     }
+    behind.close();
     begin = end;
   }
+  behind.finish();
   return {double(running_max), sums.sum_exp, sums.sum_x};
 }
 
+// Writes the gradient of a row whose lse is known, a block or less at a time:
+//   g = (scale * p - shift) * slope;  p = exps * exp(reference - lse), or exp(x - lse) where the row is read again.
 template <class V, bool kSoftcap, bool kStream, bool kFromExps, class T>
-void write_gradient(T* g, const T* x, std::int64_t n, std::int64_t peel, const Softcap<V>& softcap,
-                    const typename V::real* exps, const double* reference, double lse, double scale, double shift) {
-  // g = (scale * p - shift) * slope; p = exps * exp(reference - lse), or exp(x - lse) where the row is read again.
+struct GradientWriter {
   using real = typename V::real;
-  std::int64_t block = 0;
-  const V vshift = V::set(static_cast<real>(shift)), vlse = V::set(static_cast<real>(lse));
-  for (std::int64_t begin = 0; begin < n; ++block) {
-    const std::int64_t end = std::min(n, (begin == 0 ? peel : begin) + kBlock);
-    const V factor = V::set(static_cast<real>(kFromExps ? scale * std::exp(reference[block] - lse) : scale));
-    auto value = [&](std::int64_t i, int k) {
-      V p = V::set(0), logit = V::set(0);
-      if constexpr (kSoftcap || !kFromExps) logit = load_n<V>(x + i, k, real(0));
-      if constexpr (kFromExps) p = load_n<V>(exps + i, k, real(0));
-      else p = exp_of((kSoftcap ? softcap.apply(logit) : logit) - vlse);
-      V out = p * factor - vshift;
-      if constexpr (kSoftcap) out = out * softcap.slope(logit);
-      return out;
-    };
-    std::int64_t i = begin;
-    if (begin == 0 && peel > 0) {
-      for_vectors<V>(0, peel, [&](std::int64_t j, int k) { value(j, k).store_part(g + j, k); });
-      i = peel;
-    }
-    for (; i + V::width <= end; i += V::width) {
-      if (kStream) value(i, V::width).stream(g + i);
-      else value(i, V::width).store(g + i);
-    }
-    if (i < end) value(i, static_cast<int>(end - i)).store_part(g + i, static_cast<int>(end - i));
-    begin = end;
+  T* g;
+  const T* x;
+  std::int64_t n, peel;
+  Softcap<V> softcap;
+  const real* exps;
+  const double* reference;
+  double lse, scale;
+  V vshift, vlse, factor;
+  T *target, target_gradient;
+  std::int64_t block = 0, next = 0, end = 0;  // the open block's rest is [next, end)
+
+  V value(std::int64_t i, int k) const {
+    V p = V::set(0), logit = V::set(0);
+    if constexpr (kSoftcap || !kFromExps) logit = load_n<V>(x + i, k, real(0));
+    if constexpr (kFromExps) p = load_n<V>(exps + i, k, real(0));
+    else p = exp_of((kSoftcap ? softcap.apply(logit) : logit) - vlse);
+    V out = p * factor - vshift;
+    if constexpr (kSoftcap) out = out * softcap.slope(logit);
+    return out;
   }
-}
+  void one(std::int64_t i) const {
+    if (kStream) value(i, V::width).stream(g + i);
+    else value(i, V::width).store(g + i);
+  }
+  bool open() {
+    if (next >= n) return false;
+    end = std::min(n, peel + (block + 1) * kBlock);
+    factor = V::set(static_cast<real>(kFromExps ? scale * std::exp(reference[block] - lse) : scale));
+    if (block == 0 && peel > 0) {
+      for_vectors<V>(0, peel, [&](std::int64_t j, int k) { value(j, k).store_part(g + j, k); });
+      next = peel;
+    }
+    ++block;
+    return true;
+  }
+  void pair() {
+    if (next + 2 * V::width > end) return;
+    one(next);
+    one(next + V::width);
+    next += 2 * V::width;
+  }
+  void close() {
+    for (; next + V::width <= end; next += V::width) one(next);
+    if (next < end) value(next, static_cast<int>(end - next)).store_part(g + next, static_cast<int>(end - next));
+    next = end;
+  }
+  void finish() {
+    while (open()) close();
+    *target = target_gradient;
+  }
+};
+
+struct NoWriter {
+  void open() {}
+  void pair() {}
+  void close() {}
+  void finish() {}
+};
 
 template <class T>
 inline double element(const T* p) {
@@ -201,9 +239,17 @@ inline T element_from(double x) {
 
 template <class V, bool kSoftcap, class T>
 struct RowKernel {
+  using real = typename V::real;
+  template <bool kStream, bool kFromExps> using Writer = GradientWriter<V, kSoftcap, kStream, kFromExps, T>;
   const Problem& problem;
   Softcap<V> softcap;
   explicit RowKernel(const Problem& p) : problem(p), softcap(p.softcap) {}
+
+  struct Summary { double lse, logit_y, rest; };  // rest = 1 - p_y
+
+  const T* logits(std::int64_t row) const { return static_cast<const T*>(problem.logits) + row * problem.row_stride; }
+  T* gradient(std::int64_t row) const { return static_cast<T*>(problem.gradient) + row * problem.V; }
+  std::int64_t peel(std::int64_t row) const { return problem.stream ? peel_to_alignment<V>(gradient(row), problem.V) : 0; }
 
   // By the same instructions as in the sums, so that one class alone costs exactly 0.
   double capped(const T* x) const {
@@ -211,7 +257,7 @@ struct RowKernel {
     else return static_cast<double>(softcap.apply(V::load_part(x, 1, 0)).first());
   }
 
-  // gap = x_y - lse <= 0 and rest = 1 - p_y come from the caller, each as exact as it can have them.
+  // gap = x_y - lse <= 0 comes from the caller, as exact as it can have it.
   double loss(double lse, double gap, double sum) const {
     const double smoothing = problem.label_smoothing;
     double value = (1 - smoothing) * -gap + problem.z_loss * lse * lse;
@@ -219,72 +265,95 @@ struct RowKernel {
     return value;
   }
 
-  void patch_target(T* g, double logit, double lse, double rest, double scale) const {
+  T target_gradient(const Summary& s, double row_scale) const {
     const double smoothing = problem.label_smoothing;
-    double value = -rest + 2 * problem.z_loss * lse * (1 - rest) + smoothing - smoothing / static_cast<double>(problem.V);
-    if (kSoftcap) { const double t = std::tanh(logit / problem.softcap); value *= 1 - t * t; }
-    *g = element_from<T>(scale * value);
+    double value = -s.rest + 2 * problem.z_loss * s.lse * (1 - s.rest) + smoothing - smoothing / static_cast<double>(problem.V);
+    if (kSoftcap) { const double t = std::tanh(s.logit_y / problem.softcap); value *= 1 - t * t; }
+    return element_from<T>(row_scale * value);
   }
 
-  template <bool kGradient>
-  void forward(std::int64_t row, Scratch& scratch) const {
-    using real = typename V::real;
-    const std::int64_t n = problem.V, y = problem.targets[row];
-    T* g = kGradient ? static_cast<T*>(problem.gradient) + row * n : nullptr;
-    if (y == problem.ignore_index) {
-      problem.set_row(row, 0.0, 0.0);
-      if (kGradient) std::memset(static_cast<void*>(g), 0, n * sizeof(T));
-      return;
-    }
-    const T* x = static_cast<const T*>(problem.logits) + row * problem.row_stride;
-    const std::int64_t peel = kGradient && problem.stream ? peel_to_alignment<V>(g, n) : 0;
-    real* exps = kGradient ? scratch.row<real>(n) : nullptr;
-    double* reference = kGradient ? scratch.reference.data() : nullptr;
+  bool ignored(std::int64_t row, bool with_gradient) const {
+    if (problem.targets[row] != problem.ignore_index) return false;
+    if (with_gradient) std::memset(static_cast<void*>(gradient(row)), 0, problem.V * sizeof(T));
+    return true;
+  }
+
+  // Reads the row, sets its loss and lse, and leaves its exponentials in `scratch` if they are to be kept.
+  template <bool kKeep, class Behind>
+  Summary read(std::int64_t row, Scratch* scratch, Behind& behind) const {
+    const T* x = logits(row);
+    const std::int64_t n = problem.V, y = problem.targets[row], start = kKeep ? peel(row) : 0;
+    real* exps = kKeep ? scratch->row<real>(n) : nullptr;
+    double* reference = kKeep ? scratch->reference.data() : nullptr;
     const RowStats stats = problem.label_smoothing > 0
-        ? reduce_row<V, kSoftcap, true, kGradient>(x, n, y, peel, softcap, exps, reference)
-        : reduce_row<V, kSoftcap, false, kGradient>(x, n, y, peel, softcap, exps, reference);
+        ? reduce_row<V, kSoftcap, true, kKeep>(x, n, y, start, softcap, exps, reference, behind)
+        : reduce_row<V, kSoftcap, false, kKeep>(x, n, y, start, softcap, exps, reference, behind);
     // NaN for a row that is all -inf, +inf somewhere, or NaN somewhere, as the formula gives it.
-    const double logit_y = element(x + y), x_y = capped(x + y), e_y = std::exp(x_y - stats.max), total = stats.sum_rest + e_y;
+    const double x_y = capped(x + y), e_y = std::exp(x_y - stats.max), total = stats.sum_rest + e_y;
     const double lse = stats.max + std::log(total);
     const double gap = x_y == stats.max ? -std::log1p(stats.sum_rest) : x_y - lse;
     problem.set_row(row, loss(lse, gap, stats.sum_x + (problem.label_smoothing > 0 ? x_y : 0)), lse);
-    if (!kGradient) return;
-    const double row_scale = problem.row_scale(row), scale = row_scale * (1 + 2 * problem.z_loss * lse);
-    const double shift = row_scale * problem.label_smoothing / static_cast<double>(n);
-    if (problem.stream)
-      write_gradient<V, kSoftcap, true, true>(g, x, n, peel, softcap, exps, reference, lse, scale, shift);
-    else
-      write_gradient<V, kSoftcap, false, true>(g, x, n, peel, softcap, exps, reference, lse, scale, shift);
-    patch_target(g + y, logit_y, lse, stats.sum_rest / total, row_scale);
+    return {lse, element(x + y), stats.sum_rest / total};
   }
 
-  void backward(std::int64_t row) const {
-    const std::int64_t n = problem.V, y = problem.targets[row];
-    T* g = static_cast<T*>(problem.gradient) + row * n;
-    if (y == problem.ignore_index) {
-      std::memset(static_cast<void*>(g), 0, n * sizeof(T));
-      return;
-    }
-    const T* x = static_cast<const T*>(problem.logits) + row * problem.row_stride;
-    const double lse = problem.lse[row], row_scale = problem.row_scale(row);
-    const std::int64_t peel = problem.stream ? peel_to_alignment<V>(g, n) : 0;
-    const double scale = row_scale * (1 + 2 * problem.z_loss * lse);
-    const double shift = row_scale * problem.label_smoothing / static_cast<double>(n);
-    if (problem.stream)
-      write_gradient<V, kSoftcap, true, false>(g, x, n, peel, softcap, nullptr, nullptr, lse, scale, shift);
-    else
-      write_gradient<V, kSoftcap, false, false>(g, x, n, peel, softcap, nullptr, nullptr, lse, scale, shift);
-    patch_target(g + y, element(x + y), lse, -std::expm1(capped(x + y) - lse), row_scale);
+  template <bool kStream, bool kFromExps>
+  Writer<kStream, kFromExps> writer(std::int64_t row, const Summary& s, const Scratch* scratch) const {
+    const double row_scale = problem.row_scale(row);
+    const double shift = row_scale * problem.label_smoothing / static_cast<double>(problem.V);
+    T* g = gradient(row);
+    return {g, logits(row), problem.V, peel(row), softcap,
+            kFromExps ? static_cast<const real*>(scratch->exps) : nullptr, kFromExps ? scratch->reference.data() : nullptr,
+            s.lse, row_scale * (1 + 2 * problem.z_loss * s.lse), V::set(static_cast<real>(shift)),
+            V::set(static_cast<real>(s.lse)), V::set(0), g + problem.targets[row], target_gradient(s, row_scale)};
+  }
+
+  void forward(RowQueue& queue) const {
+    NoWriter nothing;
+    queue.each([&](std::int64_t row) {
+      if (ignored(row, false)) problem.set_row(row, 0.0, 0.0);
+      else read<false>(row, nullptr, nothing);
+    });
+  }
+
+  // Loss and gradient. The gradient of a row is written while the thread's next row is read.
+  template <bool kStream>
+  void fused(RowQueue& queue, Scratch (&scratch)[2]) const {
+    std::optional<Writer<kStream, true>> behind;
+    NoWriter nothing;
+    int turn = 0;
+    queue.each([&](std::int64_t row) {
+      if (ignored(row, true)) return problem.set_row(row, 0.0, 0.0);
+      Scratch* mine = &scratch[turn];
+      const Summary s = behind ? read<true>(row, mine, *behind) : read<true>(row, mine, nothing);
+      behind.reset();
+      auto own = writer<kStream, true>(row, s, mine);
+      if (!kStream) return own.finish();
+      behind.emplace(own);
+      turn ^= 1;
+    });
+    if (behind) behind->finish();
+  }
+
+  template <bool kStream>
+  void backward(RowQueue& queue) const {
+    queue.each([&](std::int64_t row) {
+      if (ignored(row, true)) return;
+      const T* target = logits(row) + problem.targets[row];
+      const double lse = problem.lse[row];
+      writer<kStream, false>(row, {lse, element(target), -std::expm1(capped(target) - lse)}, nullptr).finish();
+    });
   }
 };
 
 template <class V, class T>
-void run_row(const Problem& problem, Pass pass, std::int64_t row) {
-  static thread_local Scratch scratch;  // one row; kept, since a fresh one costs its page faults again
+void run_rows(const Problem& problem, Pass pass, RowQueue& queue) {
+  static thread_local Scratch scratch[2];  // one row each; kept, since a fresh one costs its page faults again
   auto run = [&](const auto& kernel) {
-    if (pass == Pass::forward) kernel.template forward<false>(row, scratch);
-    else if (pass == Pass::fused) kernel.template forward<true>(row, scratch);
-    else kernel.backward(row);
+    if (pass == Pass::forward) kernel.forward(queue);
+    else if (pass == Pass::fused && problem.stream) kernel.template fused<true>(queue, scratch);
+    else if (pass == Pass::fused) kernel.template fused<false>(queue, scratch);
+    else if (problem.stream) kernel.template backward<true>(queue);
+    else kernel.template backward<false>(queue);
   };
   if (problem.softcap > 0) run(RowKernel<V, true, T>(problem));
   else run(RowKernel<V, false, T>(problem));
