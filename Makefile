@@ -12,8 +12,9 @@ OUT    ?= runs/demo
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --out $(OUT)
 
+# Side by side on the cores, one OpenMP thread each: threads that spin against each other cost more than they give.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=5
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow -rP
