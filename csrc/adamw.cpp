@@ -39,6 +39,8 @@ constexpr std::int64_t kChunk = 16384;  // elements a thread takes at a time; a 
 
 enum class Storage { float32, bfloat16, int8 };
 
+struct MasteredBfloat16 { std::uint16_t bits; };  // its float32 master's lower half lies in a second array
+
 struct Factors {  // of one tensor in this step
   float multiplier, decay, weight1, beta2, weight2, eps, step_size, inverse_root2, ema_weight;
 };
@@ -50,6 +52,7 @@ struct Randomness {
 
 struct Item {
   void *param, *grad, *exp_avg, *exp_avg_sq, *ema;
+  std::int16_t* remainder;  // lower halves of a bfloat16 parameter's float32 master, or null
   float* scales;  // int8: (2, blocks), of exp_avg and of exp_avg_sq
   std::int64_t numel, offset;
   Storage storage;
@@ -207,7 +210,7 @@ void check_lengths(std::size_t count, const std::vector<const std::vector<Tensor
 }
 
 Item make_item(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& scales,
-               const Tensor* ema) {
+               const Tensor* ema, const Tensor* remainder) {
   const ScalarType type = param.scalar_type(), moments = exp_avg.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "adamw_update: parameters must be float32 or bfloat16");
   const std::int64_t numel = param.numel(), blocks = (numel + kBlock - 1) / kBlock;
@@ -230,6 +233,11 @@ Item make_item(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, c
   item.exp_avg = exp_avg.mutable_data_ptr();
   item.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
   item.ema = ema == nullptr ? nullptr : ema->mutable_data_ptr();
+  if (remainder != nullptr && remainder->numel() > 0) {
+    STD_TORCH_CHECK(type == ScalarType::BFloat16 && remainder->scalar_type() == ScalarType::Short && remainder->numel() == numel && remainder->is_contiguous(),
+                    "adamw_update: a remainder must be int16, contiguous, and of the size of its bfloat16 parameter");
+    item.remainder = static_cast<std::int16_t*>(remainder->mutable_data_ptr());
+  }
   item.numel = numel;
   item.wide = type == ScalarType::Float;
   return item;
@@ -237,10 +245,11 @@ Item make_item(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, c
 
 void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
                   const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& scales, const std::vector<Tensor>& steps,
-                  const std::vector<Tensor>& emas, const Tensor& terms, const Tensor& places, const std::optional<Tensor>& multiplier,
+                  const std::vector<Tensor>& emas, const std::vector<Tensor>& remainders, const Tensor& terms, const Tensor& places, const std::optional<Tensor>& multiplier,
                   const std::optional<Tensor>& skip, std::int64_t seed, bool zero_grads) {
   const std::size_t count = params.size();
   check_lengths(count, {&grads, &exp_avgs, &exp_avg_sqs, &scales, &steps, &emas});
+  check_lengths(count, {&params, &remainders});
   STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == 7 && terms.scalar_type() == ScalarType::Double && terms.is_contiguous(),
                   "adamw_update: terms must be (groups, 7) float64");
   STD_TORCH_CHECK(places.dim() == 2 && places.size(0) == static_cast<std::int64_t>(count) && places.size(1) == 3 &&
@@ -254,7 +263,8 @@ void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   std::int64_t group = -1;
   float step = -1;
   for (std::size_t t = 0; t < count; ++t, place += 3) {
-    items.push_back(make_item(params[t], grads[t], exp_avgs[t], exp_avg_sqs[t], scales[t], emas.empty() ? nullptr : &emas[t]));
+    items.push_back(make_item(params[t], grads[t], exp_avgs[t], exp_avg_sqs[t], scales[t], emas.empty() ? nullptr : &emas[t],
+                              remainders.empty() ? nullptr : &remainders[t]));
     STD_TORCH_CHECK(place[0] >= 0 && place[0] < terms.size(0) && place[2] % kBlock == 0, "adamw_update: places[", t, "] names no group, or an offset that is no multiple of ", kBlock);
     STD_TORCH_CHECK(steps[t].numel() == 1 && steps[t].scalar_type() == ScalarType::Float, "adamw_update: steps must be () float32");
     const float next = *steps[t].const_data_ptr<float>() + 1;

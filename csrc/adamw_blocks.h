@@ -18,6 +18,18 @@ inline T narrow(float x) {
   }
 }
 
+// A bfloat16 parameter with the lower half of its float32 master: see fasttrain/ops/_adamw_moments.py.
+inline float widen(MasteredBfloat16 x) { return widen(bfloat16{x.bits}); }
+inline float join(MasteredBfloat16 p, std::int16_t remainder) {
+  return float_from_bits((std::uint32_t{p.bits} << 16) + static_cast<std::uint32_t>(std::int32_t{remainder}));
+}
+inline std::int16_t split(float master, MasteredBfloat16& p) {
+  const std::uint32_t u = bits_from_float(master);
+  const std::uint32_t bits = static_cast<std::int32_t>(u & 0x7fffffffu) > 0x7f800000 ? (u & 0x80000000u) | 0x7fc00000u : u;
+  p.bits = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+  return static_cast<std::int16_t>(bits & 0xffffu);
+}
+
 // Sum of squares in double: element i of a chunk belongs to sum i mod 16, whatever the width of the machine's vectors.
 template <class T>
 double sum_of_squares(const T* x, std::int64_t n) {
@@ -46,8 +58,8 @@ double sum_of_squares(const T* x, std::int64_t n) {
 
 // The formula. `kEma` and `kZero` are compiled in: an element costs a few instructions, so a test would show.
 template <bool kEma, bool kZero, class P>
-FASTTRAIN_INLINE void update(P* __restrict p, P* __restrict g, float* __restrict m, float* __restrict v, P* __restrict e, std::int64_t n,
-                   const Factors& f) {
+FASTTRAIN_INLINE void update(P* __restrict p, P* __restrict g, float* __restrict m, float* __restrict v, P* __restrict e,
+                   std::int16_t* __restrict remainder, std::int64_t n, const Factors& f) {
   const float multiplier = f.multiplier, decay = f.decay, weight1 = f.weight1, beta2 = f.beta2, weight2 = f.weight2, eps = f.eps,
               step_size = f.step_size, inverse_root2 = f.inverse_root2, ema_weight = f.ema_weight;
   for (std::int64_t i = 0; i < n; ++i) {
@@ -55,7 +67,12 @@ FASTTRAIN_INLINE void update(P* __restrict p, P* __restrict g, float* __restrict
     const float moment1 = m[i] + (grad - m[i]) * weight1;
     const float moment2 = v[i] * beta2 + (grad * grad) * weight2;
     const float denominator = std::sqrt(moment2) * inverse_root2 + eps;
-    const P stepped = narrow<P>(widen(p[i]) * decay - (moment1 / denominator) * step_size);
+    P stepped;
+    if constexpr (std::is_same_v<P, MasteredBfloat16>) {
+      remainder[i] = split(join(p[i], remainder[i]) * decay - (moment1 / denominator) * step_size, stepped);
+    } else {
+      stepped = narrow<P>(widen(p[i]) * decay - (moment1 / denominator) * step_size);
+    }
     m[i] = moment1;
     v[i] = moment2;
     p[i] = stepped;
@@ -166,11 +183,11 @@ inline float encode_block(const float* __restrict wide, const std::uint32_t* __r
 // One block of narrow moments, M their type. Units of 64 elements, so that the processor overlaps the multiplications of
 // the random bits with the roots and divisions of the update.
 template <bool kEma, bool kZero, class P, class M>
-inline void run_block(const Item& item, const Philox& philox, std::int64_t first, P* __restrict p, P* __restrict g, P* __restrict e, M* __restrict narrow_m,
-                      M* __restrict narrow_v, float* scale_m, float* scale_v) {
+inline void run_block(const Item& item, const Philox& philox, std::int64_t first, P* __restrict p, P* __restrict g, P* __restrict e,
+                      std::int16_t* __restrict remainder, M* __restrict narrow_m, M* __restrict narrow_v, float* scale_m, float* scale_v) {
   alignas(64) float m[kBlock], v[kBlock];
   alignas(64) std::uint32_t random[kBlock];
-  constexpr bool kCoded = sizeof(M) == 1;
+  constexpr bool kCoded = sizeof(M) == 1, kMaster = std::is_same_v<P, MasteredBfloat16>;
   if constexpr (kCoded) {
     decode_block<127, true>(narrow_m, *scale_m, m);
     decode_block<255, false>(narrow_v, *scale_v, v);
@@ -179,7 +196,7 @@ inline void run_block(const Item& item, const Philox& philox, std::int64_t first
     random_unit(philox, first + at, random + at);
     if constexpr (!kCoded)
       for (int i = at; i < at + kUnit; ++i) { m[i] = widen(narrow_m[i]); v[i] = widen(narrow_v[i]); }
-    update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, kUnit, item.factors);
+    update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, kMaster ? remainder + at : nullptr, kUnit, item.factors);
     if constexpr (!kCoded) {
       round_unit<0>(m + at, random + at, narrow_m + at);
       round_unit<16>(v + at, random + at, narrow_v + at);
@@ -196,26 +213,30 @@ void run_blocks(const Item& item, std::int64_t begin, std::int64_t end) {
   P* p = static_cast<P*>(item.param);
   P* g = static_cast<P*>(item.grad);
   P* e = static_cast<P*>(item.ema);
+  std::int16_t* r = item.remainder;  // null for other parameters, whose code does not look at it
   M* m = static_cast<M*>(item.exp_avg);
   M* v = static_cast<M*>(item.exp_avg_sq);
   const std::int64_t blocks = (item.numel + kBlock - 1) / kBlock;
   const Philox philox(item.randomness);
   std::int64_t at = begin;
   for (; at + kBlock <= end; at += kBlock)
-    run_block<kEma, kZero>(item, philox, item.offset + at, p + at, g + at, kEma ? e + at : e, m + at, v + at, item.scales + at / kBlock,
+    run_block<kEma, kZero>(item, philox, item.offset + at, p + at, g + at, kEma ? e + at : e, r ? r + at : r, m + at, v + at, item.scales + at / kBlock,
                            item.scales + blocks + at / kBlock);
   if (at == end) return;
   // The last, partial block of a tensor runs padded: zeros stay zeros and take no part in a block's maximum.
   const std::size_t n = static_cast<std::size_t>(end - at);
   P p_pad[kBlock] = {}, g_pad[kBlock] = {}, e_pad[kBlock] = {};
   M m_pad[kBlock] = {}, v_pad[kBlock] = {};
+  std::int16_t r_pad[kBlock] = {};
   const auto move = [n](auto* to, const auto* from) { std::memcpy(to, from, n * sizeof *from); };
   move(p_pad, p + at); move(g_pad, g + at); move(m_pad, m + at); move(v_pad, v + at);
   if (kEma) move(e_pad, e + at);
-  run_block<kEma, kZero>(item, philox, item.offset + at, p_pad, g_pad, e_pad, m_pad, v_pad, item.scales + at / kBlock,
+  if (r) move(r_pad, r + at);
+  run_block<kEma, kZero>(item, philox, item.offset + at, p_pad, g_pad, e_pad, r_pad, m_pad, v_pad, item.scales + at / kBlock,
                          item.scales + blocks + at / kBlock);
   move(p + at, p_pad); move(g + at, g_pad); move(m + at, m_pad); move(v + at, v_pad);
   if (kEma) move(e + at, e_pad);
+  if (r) move(r + at, r_pad);
 }
 
 template <bool kEma, bool kZero, class P>
@@ -224,7 +245,8 @@ void run_chunk(const Item& item, std::int64_t begin, std::int64_t end) {
   if (item.storage == Storage::int8) return run_blocks<kEma, kZero, P, std::uint8_t>(item, begin, end);
   P* e = static_cast<P*>(item.ema);
   update<kEma, kZero, P>(static_cast<P*>(item.param) + begin, static_cast<P*>(item.grad) + begin, static_cast<float*>(item.exp_avg) + begin,
-                         static_cast<float*>(item.exp_avg_sq) + begin, kEma ? e + begin : e, end - begin, item.factors);
+                         static_cast<float*>(item.exp_avg_sq) + begin, kEma ? e + begin : e, item.remainder ? item.remainder + begin : nullptr,
+                         end - begin, item.factors);
 }
 
 inline void run_chunk(const Item& item, std::int64_t begin, std::int64_t end, bool zero) {
@@ -234,5 +256,7 @@ inline void run_chunk(const Item& item, std::int64_t begin, std::int64_t end, bo
     if (ema) zero ? run_chunk<true, true, P>(item, begin, end) : run_chunk<true, false, P>(item, begin, end);
     else zero ? run_chunk<false, true, P>(item, begin, end) : run_chunk<false, false, P>(item, begin, end);
   };
-  item.wide ? run(static_cast<float*>(nullptr)) : run(static_cast<bfloat16*>(nullptr));
+  if (item.wide) run(static_cast<float*>(nullptr));
+  else if (item.remainder) run(static_cast<MasteredBfloat16*>(nullptr));
+  else run(static_cast<bfloat16*>(nullptr));
 }

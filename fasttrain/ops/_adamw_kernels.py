@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import TRITON_INTERPRETED
-from ._adamw_moments import BLOCK, SCALES
+from ._adamw_moments import BLOCK, REMAINDER, SCALES
 
 
 class Terms(NamedTuple):
@@ -41,18 +41,14 @@ class Member(NamedTuple):
 _EMPTY: dict[torch.device, Tensor] = {}
 
 
-def takes(member: Member, impl: str) -> bool:
-    """Whether the kernels can walk this parameter: float32 or bfloat16, everything contiguous and of the right type.
-
-    The Triton kernels have no 8-bit moments.
-    """
+def takes(member: Member) -> bool:
+    """Whether the kernels can walk this parameter: float32 or bfloat16, everything contiguous and of the right type."""
     p, grad, state = member.p, member.grad, member.state
-    if SCALES in state and impl == "triton":
-        return False
     types = (torch.uint8,) if SCALES in state else (torch.float32, torch.bfloat16)
     return (p.dtype in (torch.float32, torch.bfloat16) and grad.dtype == p.dtype and member.offset % BLOCK == 0
             and p.is_contiguous() and grad.is_contiguous() and state["exp_avg"].is_contiguous()
             and state["exp_avg_sq"].is_contiguous() and state["exp_avg"].dtype in types
+            and (REMAINDER not in state or state[REMAINDER].is_contiguous())
             and ("ema" not in state or (state["ema"].is_contiguous() and state["ema"].dtype == p.dtype)))
 
 
@@ -75,6 +71,7 @@ def kernel_update(namespace: str, members: list[Member], terms: list[Terms], mul
         [member.p for member in members], [member.grad for member in members], [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states], [state.get(SCALES, empty) for state in states],
         [state["step"] for state in states], [state["ema"] for state in states] if "ema" in states[0] else [],
+        [state.get(REMAINDER, empty) for state in states] if any(REMAINDER in state for state in states) else [],
         torch.tensor(terms, dtype=torch.float64), torch.tensor([member[3:] for member in members]),
         None if multiplier is None else multiplier.to(device, torch.float32),
         None if skip is None else skip.to(device, torch.float32), seed, zero_grads)
@@ -86,7 +83,7 @@ def _register(namespace: str, triton_device: str) -> Any:
     library.define("adamw_norm(Tensor[] grads) -> Tensor")
     library.define("adamw_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
                    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] scales, Tensor(f!)[] steps, Tensor(g!)[] emas, "
-                   "Tensor terms, Tensor places, Tensor? multiplier, Tensor? skip, int seed, bool zero_grads) -> ()")
+                   "Tensor(h!)[] remainders, Tensor terms, Tensor places, Tensor? multiplier, Tensor? skip, int seed, bool zero_grads) -> ()")
     torch.library.register_fake(f"{namespace}::adamw_norm", lambda grads: grads[0].new_empty((), dtype=torch.float32),
                                 lib=library)
     torch.library.register_fake(f"{namespace}::adamw_update", lambda *arguments: None, lib=library)

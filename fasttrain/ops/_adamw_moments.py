@@ -1,4 +1,5 @@
-"""AdamW's moments in two bytes or one: the codes, and the random bits that round into them, in plain PyTorch.
+"""AdamW's moments in two bytes or one, and bfloat16 parameters with all of float32: the codes, and the random bits that
+round into them, in plain PyTorch.
 
 A moment moves by less than a narrow type can hold, so rounding to nearest would stop it; here it is rounded up or down
 with the probability that makes the mean exact. This file is the specification: the kernels repeat it bit for bit.
@@ -15,6 +16,9 @@ Random bits of element i of parameter k in step t: Philox4x32-7 with key `seed` 
     takes the lowest 16 or 20 bits of the word, v the highest (of the eight that 20 and 20 share, v's weigh 2^-12). i
     is the index in the whole parameter in row-major order, so neither threads, nor devices, nor sharding, nor a
     resume can change a bit.
+Remainder: a float32 master w lives as the bfloat16 parameter p, its upper half, and 16 bits, its lower half as a signed
+    number: bits(w) = bits(p) * 2^16 + remainder, so p is w rounded to nearest. A tie goes away from zero: to even, the
+    two neighbours of a tie would share their remainder and w could not be told. NaN is kept as the quiet one.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = "moment_scales"
 """State key of the (2, blocks) float32 scales of both moments; its presence says that they are 8-bit codes."""
+
+REMAINDER = "remainder"
+"""State key of the int16 lower halves of a bfloat16 parameter's float32 master; its presence says that there is one."""
 
 BLOCK = 256
 SMALLEST_CODED = 4096
@@ -44,6 +51,19 @@ def new_moments(p: Tensor, state_dtype: str, global_numel: int) -> dict[str, Ten
         return {**coded, SCALES: torch.zeros((2, blocks), dtype=torch.float32, device=p.device)}
     dtype = torch.bfloat16 if state_dtype == "bfloat16" else wide_dtype(p)
     return {key: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) for key in MOMENTS}
+
+
+def joined(p: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master of a bfloat16 parameter."""
+    return ((p.contiguous().view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """(bfloat16 parameter, int16 remainder) of a float32 master: `joined` gives it back, bit for bit but for NaN."""
+    bits = master.contiguous().view(torch.int32)
+    bits = torch.where(master.isnan(), (bits & -(1 << 31)) | 0x7FC00000, bits)
+    low = (bits << 16) >> 16  # sign-extended
+    return ((bits - low) >> 16).to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
 
 
 def wide_dtype(p: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._adamw_kernels import Member, Terms
-from ._adamw_moments import MOMENTS, keep, wide_dtype, widened
+from ._adamw_moments import MOMENTS, REMAINDER, is_narrow, joined, keep, split, wide_dtype, widened
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -45,7 +45,11 @@ def update_reference(member: Member, terms: Terms, multiplier: Tensor | float | 
     before = [] if skip is None else [value.clone() for value in written]
     if isinstance(multiplier, Tensor):
         multiplier = multiplier.to(p.device)
-    new_p, m, v, step = adamw_reference(p, member.grad, *widened(state), state["step"], terms, multiplier)
+    master = joined(p, state[REMAINDER]) if REMAINDER in state else p
+    new_p, m, v, step = adamw_reference(master, member.grad, *widened(state), state["step"], terms, multiplier)
+    if REMAINDER in state:
+        new_p, remainder = split(new_p)
+        state[REMAINDER].copy_(remainder)
     p.copy_(new_p)
     state["step"].copy_(step)
     keep(state, m, v, seed=seed, parameter=member.number, offset=member.offset)
@@ -79,8 +83,10 @@ def adamw_reference(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
 
 def fused_is_right(member: Member) -> bool:
     """PyTorch's fused kernel walks raw memory: parameter and gradient must be laid out alike (torch 2.13's CPU one
-    does not check, and silently mixes up the elements of a transposed gradient), and it knows one type for all."""
+    does not check, and silently mixes up the elements of a transposed gradient), and it knows one type for all and
+    only rounding to nearest."""
     p, grad, state = member.p, member.grad, member.state
     return (p.device.type in _FUSED_DEVICES and p.is_floating_point()
             and grad.dtype == p.dtype == state["exp_avg"].dtype and p.is_contiguous()
-            and grad.is_contiguous() and state["exp_avg"].is_contiguous() and "ema" not in state)
+            and grad.is_contiguous() and state["exp_avg"].is_contiguous() and "ema" not in state
+            and REMAINDER not in state and not is_narrow(state))

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..utils import on_host, read_scalar
 from ._adamw_kernels import Member, Terms, kernel_norm, kernel_update, takes
-from ._adamw_moments import MOMENTS, SCALES, keep, new_moments, round_stochastically, wide_dtype, widened
+from ._adamw_moments import MOMENTS, REMAINDER, SCALES, keep, new_moments, round_stochastically, wide_dtype, widened
 from ._adamw_plain import adamw_reference, fused_is_right, update_fused, update_reference
 from ._dispatch import FORCED_IMPL, IMPLEMENTATIONS, Impl, resolve
 
@@ -58,8 +58,11 @@ class AdamW(Optimizer):
             The narrow ones are widened, computed as usual and rounded up or down at random with the probability that
             makes the mean exact, because v moves by less than they can hold and would otherwise stand still. The
             random bits are a function of `rounding_seed`, the step, the parameter and the element, so runs repeat.
+        master: "remainder" gives each bfloat16 parameter an exact float32 master at two more bytes: `state[p]["remainder"]`
+            is its lower half, the parameter its upper half, rounded to nearest. The run is that of float32 parameters,
+            bit for bit; without it an update below 1/512 of a bfloat16 value is lost. Other types are as always.
         impl: "auto" runs the compiled kernels: one call for all float32 and bfloat16 parameters with contiguous
-            memory (on a GPU not with int8 moments). What they do not take is served by PyTorch's fused kernel where
+            memory. What they do not take is served by PyTorch's fused kernel where
             that is right, and by plain PyTorch elsewhere; "reference" is plain PyTorch. Kernels and reference agree
             bit for bit on the same multiplier.
 
@@ -89,7 +92,8 @@ class AdamW(Optimizer):
 
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2, *, max_grad_norm: float | None = None,
-                 ema_decay: float | None = None, state_dtype: str = "float32", impl: Impl = "auto") -> None:
+                 ema_decay: float | None = None, state_dtype: str = "float32", master: str | None = None,
+                 impl: Impl = "auto") -> None:
         for name, value, holds, rule in (
             ("lr", lr, float(lr) >= 0, "must not be negative"),
             ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "must be two numbers in [0, 1)"),
@@ -98,12 +102,13 @@ class AdamW(Optimizer):
             ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "must be positive, or None"),
             ("ema_decay", ema_decay, ema_decay is None or 0 <= ema_decay < 1, "must lie in [0, 1), or be None"),
             ("state_dtype", state_dtype, state_dtype in _STATE_DTYPES, f"must be one of {', '.join(_STATE_DTYPES)}"),
+            ("master", master, master in (None, REMAINDER), f"must be {REMAINDER!r}, or None"),
         ):
             if not holds:
                 raise ValueError(f"AdamW: {name} is {value!r}; it {rule}")
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.impl = "reference" if impl == "auto" and FORCED_IMPL == "reference" else impl
-        self.state_dtype, self.rounding_seed, self.shards = state_dtype, 0, {}
+        self.state_dtype, self.master, self.rounding_seed, self.shards = state_dtype, master, 0, {}
         self.grad_norm = self.last_found_inf = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
                                   "maximize": False})
@@ -192,6 +197,10 @@ class AdamW(Optimizer):
         state |= new_moments(p, self.state_dtype, shard.numel)
         m, v = (saved[key].to(p.device, wide_dtype(p)) for key in MOMENTS)
         keep(state, m, v, seed=self.rounding_seed, parameter=index, offset=shard.offset)
+        if self._has_remainder(p):  # torch's optimizer keeps it as a bfloat16 beside what it knows: exact enough for none
+            remainder = saved.get(REMAINDER)
+            exact = remainder is not None and remainder.dtype == torch.int16
+            state[REMAINDER] = remainder.to(p.device, copy=True) if exact else torch.zeros_like(p, dtype=torch.int16)
         if "ema" in saved:
             state["ema"] = saved["ema"].to(p.device, p.dtype, copy=True)
         return state
@@ -216,6 +225,9 @@ class AdamW(Optimizer):
     def _parameters(self) -> Iterator[Tensor]:
         return itertools.chain(*(group["params"] for group in self.param_groups))
 
+    def _has_remainder(self, p: Tensor) -> bool:
+        return self.master == REMAINDER and p.dtype == torch.bfloat16
+
     def _shard(self, p: Tensor) -> Shard:
         return self.shards.get(p) or Shard(0, p.numel())
 
@@ -236,7 +248,7 @@ class AdamW(Optimizer):
             device = member.p.device
             if device not in chosen:
                 chosen[device] = resolve("adamw", self.impl, member.p)
-            if chosen[device] != "reference" and takes(member, chosen[device]):
+            if chosen[device] != "reference" and takes(member):
                 interpreted = chosen[device] == "triton" and device.type == "cpu"
                 namespace = "fasttrain_interpreted" if interpreted else "fasttrain"
                 compiled.setdefault((namespace, device), []).append(member)
@@ -260,6 +272,8 @@ class AdamW(Optimizer):
                              "support; use dense (Embedding(sparse=False)), real parameters")
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         state.update(new_moments(p, self.state_dtype, self._shard(p).numel))
+        if self._has_remainder(p):
+            state[REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
         if self.ema_decay is not None:
             state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
         return state

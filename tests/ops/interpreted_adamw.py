@@ -7,6 +7,7 @@ Not collected by name: `test_adamw_triton.py` runs this file in a process with T
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ SHAPES = ((), (3,), (16, 16), (0,), (4096,), (33, 129), (2048,))
 
 def reachable(parameters: Sequence[Tensor], optimizer: AdamW) -> dict[str, list[Tensor]]:
     names = {"params": list(parameters), "grads": [p.grad for p in parameters if p.grad is not None]}
-    for key in ("exp_avg", "exp_avg_sq", "ema", "step"):
+    for key in ("exp_avg", "exp_avg_sq", "ema", "step", "moment_scales", "remainder"):
         names[key] = [state[key] for state in optimizer.state.values() if key in state]
     return names
 
@@ -30,7 +31,12 @@ def reachable(parameters: Sequence[Tensor], optimizer: AdamW) -> dict[str, list[
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_triton_is_the_reference_bit_for_bit(dtype: torch.dtype, state_dtype: str, ema_decay: float | None) -> None:
+@pytest.mark.parametrize("master", [None, "remainder"])
+def test_triton_is_the_reference_bit_for_bit(
+    dtype: torch.dtype, state_dtype: str, ema_decay: float | None, master: str | None
+) -> None:
+    if master and dtype != torch.bfloat16:
+        return  # as without
     optimizers = []
     for impl in ("triton", "reference"):
         parameters = make(dtype, SHAPES)
@@ -39,8 +45,16 @@ def test_triton_is_the_reference_bit_for_bit(dtype: torch.dtype, state_dtype: st
             {"params": parameters[4:], "maximize": True},
         ]
         optimizers.append(
-            AdamW(groups, lr=0.1, betas=(0.8, 0.99), ema_decay=ema_decay, state_dtype=state_dtype, impl=impl)
-        )  # type: ignore[arg-type]
+            AdamW(
+                groups,
+                lr=0.1,
+                betas=(0.8, 0.99),
+                ema_decay=ema_decay,
+                state_dtype=state_dtype,
+                master=master,
+                impl=impl,  # type: ignore[arg-type]
+            )
+        )
         optimizers[-1].rounding_seed = (7 << 32) + 5
     for step in range(3):
         for optimizer in optimizers:
@@ -50,19 +64,26 @@ def test_triton_is_the_reference_bit_for_bit(dtype: torch.dtype, state_dtype: st
 
 
 @pytest.mark.parametrize(
-    ("state_dtype", "zero_grads", "ema_decay", "floor"),
+    ("dtype", "options", "zero_grads", "floor"),
     [
-        ("float32", False, None, 28),
-        ("bfloat16", False, None, 20),
-        ("float32", True, None, 32),
-        ("float32", False, 0.9, 36),
+        (torch.float32, {}, False, 28),
+        (torch.float32, {"state_dtype": "bfloat16"}, False, 20),
+        (torch.float32, {"state_dtype": "int8"}, False, 16 + 4 / 64),
+        (torch.float32, {}, True, 32),
+        (torch.float32, {"ema_decay": 0.9}, False, 36),
+        (torch.bfloat16, {}, False, 22),
+        (torch.bfloat16, {"master": "remainder"}, False, 26),
+        (torch.bfloat16, {"state_dtype": "bfloat16"}, False, 14),
+        (torch.bfloat16, {"state_dtype": "int8"}, False, 10 + 4 / 64),
+        (torch.bfloat16, {"state_dtype": "int8", "master": "remainder"}, False, 14 + 4 / 64),
     ],
+    ids=str,
 )
 def test_a_step_moves_the_bytes_of_the_table_and_no_more(
-    state_dtype: str, zero_grads: bool, ema_decay: float | None, floor: int
+    dtype: torch.dtype, options: dict[str, Any], zero_grads: bool, floor: float
 ) -> None:
-    parameters = make(shapes=((192, 256), (4096,), (4096, 8)))
-    optimizer = AdamW(parameters, state_dtype=state_dtype, ema_decay=ema_decay, impl="triton")
+    parameters = make(dtype, shapes=((192, 256), (4096,), (4096, 8)))
+    optimizer = AdamW(parameters, impl="triton", **options)
     set_gradients(parameters, 0)
     optimizer.step()
     set_gradients(parameters, 1)
@@ -74,7 +95,8 @@ def test_a_step_moves_the_bytes_of_the_table_and_no_more(
     assert floor * numel <= traffic.total <= 1.02 * floor * numel
     with count_bytes({"grads": grads}) as traffic:
         kernels.adamw_norm(grads)
-    assert traffic.launches == ["_norm_kernel"] and 4 * numel <= traffic.total <= 1.02 * 4 * numel
+    assert traffic.launches == ["_norm_kernel"]
+    assert dtype.itemsize * numel <= traffic.total <= 1.02 * dtype.itemsize * numel
 
 
 @pytest.mark.parametrize("skip", [0.0, 1.0])
@@ -125,10 +147,11 @@ def test_odd_tensors_go_in_a_launch_of_their_own() -> None:
     assert traffic.launches == ["_update_kernel", "_update_kernel"]
 
 
-def test_a_shard_is_rounded_as_part_of_the_whole() -> None:
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_a_shard_is_rounded_as_part_of_the_whole(state_dtype: str) -> None:
     whole = make(shapes=((5000,),))
     part = nn.Parameter(whole[0].detach()[2560:].clone())
-    optimizers = [AdamW([p], state_dtype="bfloat16", impl="triton") for p in (whole[0], part)]
+    optimizers = [AdamW([p], state_dtype=state_dtype, impl="triton") for p in (whole[0], part)]
     optimizers[1].shards[part] = Shard(2560, 5000)
     set_gradients(whole, 0)
     assert whole[0].grad is not None
