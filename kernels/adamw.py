@@ -31,8 +31,8 @@ ALIGNMENT = 16
 
 COLUMNS: tl.constexpr = tl.constexpr(13)
 """Of the table: param, grad, exp_avg, exp_avg_sq, ema, step, numel, offset in the whole parameter, number of the
-parameter, seed's low and high word, scales of the 8-bit moments, remainder of the float32 master. The factors: decay, weight1, beta2, weight2, eps, step size, 1 / root2, EMA weight,
-sign, new step."""
+parameter, seed's low and high word, scales of the 8-bit moments, remainder of the float32 master. The factors: decay,
+weight1, beta2, weight2, eps, step size, 1 / root2, EMA weight, sign, new step."""
 FACTORS: tl.constexpr = tl.constexpr(10)
 
 
@@ -70,7 +70,7 @@ def _round_up_or_down(wide, noise):
 
 @triton.jit
 def _random(row, first_unit, step, BLOCK: tl.constexpr):
-    # 32 bits for each element: Philox4x32-7 of the counter unit * 16 + lane gives words for elements lane, lane + 16, ...
+    # 32 bits for each element: the words of counter unit * 16 + lane are for elements lane, lane + 16, ... of the unit.
     counter = first_unit * 16 + tl.arange(0, BLOCK // 4)
     zero = tl.zeros(counter.shape, tl.uint32)
     w0, w1, w2, w3 = philox_impl((counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32),
@@ -121,7 +121,8 @@ def _coded(wide, exponent, noise, TOP: tl.constexpr):
     if TOP == 127:
         lowest = (base + 1) << 20
         size = magnitude.to(tl.float32, bitcast=True) * 1048576.0
-        drawn = size > ((noise | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0) * lowest.to(tl.float32, bitcast=True)
+        noise = (noise | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        drawn = size > noise * lowest.to(tl.float32, bitcast=True)
         code = tl.where(magnitude < lowest, drawn.to(tl.int32), code)
         code = code | ((wide.to(tl.int32, bitcast=True) >> 24) & 0x80)
     else:
@@ -245,8 +246,8 @@ def adamw_norm(grads: Sequence[Tensor]) -> Tensor:
 
 def adamw_update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
                  exp_avg_sqs: Sequence[Tensor], scales: Sequence[Tensor], steps: Sequence[Tensor],
-                 emas: Sequence[Tensor], remainders: Sequence[Tensor], terms: Tensor, places: Tensor, multiplier: Tensor | None, skip: Tensor | None,
-                 seed: int, zero_grads: bool) -> None:
+                 emas: Sequence[Tensor], remainders: Sequence[Tensor], terms: Tensor, places: Tensor,
+                 multiplier: Tensor | None, skip: Tensor | None, seed: int, zero_grads: bool) -> None:
     """One update of everything, in place. See fasttrain/ops/_adamw_kernels.py for the lists.
 
     Tensors of one kind (types, alignment) share a launch: one launch for a usual model.

@@ -217,6 +217,7 @@ def test_the_ops_signatures_are_the_designs() -> None:
         "max_grad_norm",
         "ema_decay",
         "state_dtype",
+        "master",
         "impl",
     ]
 

@@ -83,7 +83,8 @@ def _register(namespace: str, triton_device: str) -> Any:
     library.define("adamw_norm(Tensor[] grads) -> Tensor")
     library.define("adamw_update(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
                    "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] scales, Tensor(f!)[] steps, Tensor(g!)[] emas, "
-                   "Tensor(h!)[] remainders, Tensor terms, Tensor places, Tensor? multiplier, Tensor? skip, int seed, bool zero_grads) -> ()")
+                   "Tensor(h!)[] remainders, Tensor terms, Tensor places, Tensor? multiplier, Tensor? skip, int seed, "
+                   "bool zero_grads) -> ()")
     torch.library.register_fake(f"{namespace}::adamw_norm", lambda grads: grads[0].new_empty((), dtype=torch.float32),
                                 lib=library)
     torch.library.register_fake(f"{namespace}::adamw_update", lambda *arguments: None, lib=library)

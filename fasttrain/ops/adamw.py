@@ -58,9 +58,9 @@ class AdamW(Optimizer):
             The narrow ones are widened, computed as usual and rounded up or down at random with the probability that
             makes the mean exact, because v moves by less than they can hold and would otherwise stand still. The
             random bits are a function of `rounding_seed`, the step, the parameter and the element, so runs repeat.
-        master: "remainder" gives each bfloat16 parameter an exact float32 master at two more bytes: `state[p]["remainder"]`
-            is its lower half, the parameter its upper half, rounded to nearest. The run is that of float32 parameters,
-            bit for bit; without it an update below 1/512 of a bfloat16 value is lost. Other types are as always.
+        master: "remainder" gives each bfloat16 parameter an exact float32 master at two more bytes: its lower half is
+            `state[p]["remainder"]`, its upper half, rounded to nearest, the parameter. The run is that of float32
+            parameters bit for bit; without it an update below 1/512 of a bfloat16 value is lost. None: no master.
         impl: "auto" runs the compiled kernels: one call for all float32 and bfloat16 parameters with contiguous
             memory. What they do not take is served by PyTorch's fused kernel where
             that is right, and by plain PyTorch elsewhere; "reference" is plain PyTorch. Kernels and reference agree
@@ -197,10 +197,10 @@ class AdamW(Optimizer):
         state |= new_moments(p, self.state_dtype, shard.numel)
         m, v = (saved[key].to(p.device, wide_dtype(p)) for key in MOMENTS)
         keep(state, m, v, seed=self.rounding_seed, parameter=index, offset=shard.offset)
-        if self._has_remainder(p):  # torch's optimizer keeps it as a bfloat16 beside what it knows: exact enough for none
-            remainder = saved.get(REMAINDER)
-            exact = remainder is not None and remainder.dtype == torch.int16
-            state[REMAINDER] = remainder.to(p.device, copy=True) if exact else torch.zeros_like(p, dtype=torch.int16)
+        if self._has_remainder(p):  # torch's optimizer casts it to bfloat16, which is of no use
+            state[REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+            if REMAINDER in saved and saved[REMAINDER].dtype == torch.int16:
+                state[REMAINDER].copy_(saved[REMAINDER])
         if "ema" in saved:
             state["ema"] = saved["ema"].to(p.device, p.dtype, copy=True)
         return state

@@ -419,9 +419,8 @@ def test_a_master_is_its_parameter_and_its_remainder() -> None:
     """Every upper half with lower halves around the tie and at the ends, all lower halves of some upper ones."""
     low = torch.tensor([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF])
     some = torch.tensor([0, 1, 0x3F80, 0x3F81, 0x7F7F, 0x7F80, 0x8000, 0xBF80, 0xFF7F])
-    patterns = torch.cat([
-        (torch.arange(1 << 16)[:, None] * 65536 + low).flatten(), (some[:, None] * 65536 + torch.arange(1 << 16)).flatten()
-    ])
+    halves = torch.arange(1 << 16)
+    patterns = torch.cat([(halves[:, None] * 65536 + low).flatten(), (some[:, None] * 65536 + halves).flatten()])
     master = patterns.to(torch.int32).view(torch.float32)
     p, remainder = split(master)
     finite = ~master.isnan()

@@ -26,7 +26,14 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 def compiled_update(
-    param: str, moment: str, target: str, *, ema: bool = False, zero: bool = False, master: bool = False, aligned: bool = True
+    param: str,
+    moment: str,
+    target: str,
+    *,
+    ema: bool = False,
+    zero: bool = False,
+    master: bool = False,
+    aligned: bool = True,
 ) -> Compiled:
     import triton.language as tl
 
@@ -130,7 +137,8 @@ def test_a_gpu_gives_the_bits_of_the_reference(state_dtype: str, master: str | N
         optimizers = []
         for impl in ("triton", "reference"):
             parameters = [torch.nn.Parameter(p.detach().cuda()) for p in make(dtype)]
-            optimizers.append(AdamW(parameters, lr=0.1, ema_decay=0.9, state_dtype=state_dtype, master=master, impl=impl))  # type: ignore[arg-type]
+            options: dict[str, Any] = {"state_dtype": state_dtype, "master": master, "impl": impl}
+            optimizers.append(AdamW(parameters, lr=0.1, ema_decay=0.9, **options))
         for step in range(3):
             for optimizer in optimizers:
                 own = [torch.nn.Parameter(p.detach().cpu()) for p in optimizer._parameters()]
