@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -37,6 +37,11 @@ ActivationCheckpointing = Literal["none", "full"]
 StateDtype = Literal["float32", "bfloat16", "int8"]
 NonfinitePolicy = Literal["skip", "stop"]
 Parallel = Literal["auto", "none"]
+FilterOrder = Literal["hf", "llama.cpp", "vllm"]
+PenaltyScope = Literal["auto", "all", "new"]
+EarlyStopping = Literal["first", "heuristic", "never"]
+Speculation = Literal["none", "lookup"]
+LongText = Literal["error", "truncate_left", "sliding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +122,15 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How text is drawn. Filters apply in the order temperature, top-k, top-p, min-p, each on the
-    renormalised survivors of the one before."""
+    """How text is written. Each token: penalties and bans on the logits, then temperature and filters in the named
+    `order`, each filter on the renormalised survivors of the one before, then the draw."""
 
     max_new_tokens: int = 128
     """Most tokens to add to the prompt."""
+    min_new_tokens: int = 0
+    """Fewest tokens: until then no end-of-text token is drawn and no stop string counts."""
+    num_samples: int = 1
+    """Texts to write for each prompt."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
@@ -130,29 +139,113 @@ class GenerationConfig:
     """Keep the smallest set of most likely tokens whose probability reaches this (1: all)."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one (0: all)."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is closest to the expected one, up to this probability (1: all)."""
+    epsilon: float = 0.0
+    """Keep tokens of at least this probability; the most likely always stays (0: all)."""
+    xtc_probability: float = 0.0
+    """Chance per token that all but the least likely of the tokens above xtc_threshold are removed (0: off)."""
+    xtc_threshold: float = 0.1
+    """Probability from which xtc_probability counts a token as a top choice."""
+    order: FilterOrder = "hf"
+    """hf: temperature, top-k, top-p, min-p, typical, epsilon, XTC. vllm: min-p before top-k. llama.cpp: top-k, typical,
+    top-p, min-p, epsilon, XTC, temperature last."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens already seen (1: off)."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the new text (1: off)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it is in the new text."""
+    presence_penalty: float = 0.0
+    """Subtracted from a token's logit if it is in the new text."""
+    penalty_scope: PenaltyScope = "auto"
+    """Text that the three penalties look at; auto: repetition all of it, frequency and presence the new part."""
+    dry_multiplier: float = 0.0
+    """DRY: where the last L >= dry_allowed_length tokens stood before, the token that came next there loses
+    dry_multiplier * dry_base ^ (L - dry_allowed_length) (0: off)."""
+    dry_base: float = 1.75
+    """Growth of DRY's penalty for each token of a longer repeat."""
+    dry_allowed_length: int = 2
+    """Tokens from which DRY counts a repeat."""
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    """Texts over which DRY sees no repeat."""
+    no_repeat_ngram: int = 0
+    """No sequence of this many tokens appears twice, prompt included (0: off)."""
+    banned_tokens: tuple[int, ...] = ()
+    """Token ids that are never drawn."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logit of each token id named, before everything else."""
+    num_beams: int = 1
+    """Texts kept side by side by beam search, which draws nothing (1: no beam search)."""
+    length_penalty: float = 1.0
+    """Beam search ranks by log-probability / length ^ this."""
+    early_stopping: EarlyStopping = "heuristic"
+    """When beam search ends. first: num_beams texts are finished; heuristic: none of the open ones would win at its
+    present length; never: none could win at any length."""
+    speculation: Speculation = "none"
+    """lookup: guess tokens by the latest repeat in the text and check them in one model call; same text, sooner."""
+    num_draft_tokens: int = 8
+    """Most tokens that speculation guesses at a time."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
-    eos_token_id: int | None = None
-    """Token that ends the text (None: the tokenizer's, if it has one)."""
-    seed: int = 0
-    """Seed of the draw; row i of a batch uses seed + i, so a row does not depend on its batchmates."""
+    eos_token_id: int | tuple[int, ...] | None = None
+    """Token or tokens that end the text (None: the tokenizer's, if it has one; an empty list: none)."""
+    long_text: LongText = "error"
+    """Prompt and max_new_tokens beyond the context. truncate_left: keep the prompt's end; sliding: forget the oldest
+    half whenever the context is full."""
+    seed: int | tuple[int, ...] = 0
+    """Seed of the draw; text i of the batch uses seed + i (sample j of prompt i is text i * num_samples + j). Several:
+    one for each text."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.logit_bias, Mapping):  # JSON and TOML have no keys but strings
+            object.__setattr__(self, "logit_bias", {_token_id(key): bias for key, bias in self.logit_bias.items()})
         _check_types(self)
-        _require(self, "max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
+        for name in ("max_new_tokens", "num_samples", "num_beams", "num_draft_tokens", "dry_allowed_length"):
+            _require(self, name, getattr(self, name) >= 1, "must be at least 1")
+        _require(self, "min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens,
+                 f"must lie in [0, max_new_tokens={self.max_new_tokens}]")
         _require(self, "temperature", self.temperature >= 0, "must not be negative (0 is greedy)")
         _require(self, "top_k", self.top_k >= 0, "must not be negative (0 keeps all)")
-        _require(self, "top_p", 0.0 < self.top_p <= 1.0, "must lie in (0, 1]")
-        _require(self, "min_p", 0.0 <= self.min_p <= 1.0, "must lie in [0, 1]")
+        for name in ("top_p", "typical_p"):
+            _require(self, name, 0.0 < getattr(self, name) <= 1.0, "must lie in (0, 1]")
+        for name in ("min_p", "xtc_probability", "xtc_threshold"):
+            _require(self, name, 0.0 <= getattr(self, name) <= 1.0, "must lie in [0, 1]")
+        _require(self, "epsilon", 0.0 <= self.epsilon < 1.0, "must lie in [0, 1)")
         _require(self, "repetition_penalty", self.repetition_penalty > 0, "must be positive (1 is off)")
-        _require(self, "stop", all(self.stop), "must not hold an empty string")
+        _require(self, "dry_multiplier", self.dry_multiplier >= 0, "must not be negative (0 is off)")
+        _require(self, "dry_base", self.dry_base >= 1, "must be at least 1")
+        _require(self, "no_repeat_ngram", self.no_repeat_ngram >= 0, "must not be negative (0 is off)")
+        for name in ("stop", "dry_breakers"):
+            _require(self, name, all(getattr(self, name)), "must not hold an empty string")
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            _require(self, "seed", 0 <= seed < 2**63, "must lie in [0, 2^63)")
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """Two fields that cannot both be meant."""
+        draws = {"typical_p": 1.0, "xtc_probability": 0.0, "num_samples": 1}
+        if self.temperature == 0:  # top_k, top_p, min_p and epsilon always keep the likeliest, so they may stay
+            for name, off in draws.items():
+                _require(self, name, getattr(self, name) == off, "needs a draw, but temperature=0 takes the likeliest "
+                         f"token: set temperature > 0, or {name}={off}")
+        if self.num_beams > 1:
+            alone: dict[str, Any] = {**draws, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "epsilon": 0.0, "stop": (),
+                                     "speculation": "none", "dry_multiplier": 0.0}
+            for name, off in alone.items():
+                _require(self, name, getattr(self, name) == off, f"cannot be joined with num_beams={self.num_beams}: "
+                         f"beam search keeps the likeliest texts, draws nothing and compares token ids; set {name}="
+                         f"{off!r} or num_beams=1")
+            _require(self, "temperature", self.temperature in (0.0, 1.0), f"means nothing with num_beams="
+                     f"{self.num_beams}, which draws nothing; leave it out, or set num_beams=1")
+            _require(self, "long_text", self.long_text != "sliding", f"cannot be sliding with num_beams="
+                     f"{self.num_beams}; use truncate_left")
+        elif self.early_stopping != "heuristic" or self.length_penalty != 1.0:
+            name = "length_penalty" if self.length_penalty != 1.0 else "early_stopping"
+            _require(self, name, False, "acts on beam search only; set num_beams > 1 or leave it out")
 
 
 def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Builds a config from plain data; raises ValueError naming the nearest field for an unknown key."""
-    known: list[str] = [field.name for field in dataclasses.fields(cls)]
+    known: list[str] = [known.name for known in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), [*known, *_OTHER_NAMES], n=1, cutoff=0.5)
@@ -179,7 +272,13 @@ def load_config(source: ConfigT | Mapping[str, Any] | str | Path | None, cls: ty
 def to_dict(config: TrainConfig | GenerationConfig) -> dict[str, Any]:
     """The config as JSON-ready data; `from_dict` reads it back to an equal config."""
     plain = dataclasses.asdict(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+    return {key: _plain(value) for key, value in plain.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): item for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _read_table(path: Path) -> Mapping[str, Any]:
@@ -205,28 +304,46 @@ def _require(config: Any, name: str, holds: bool, rule: str) -> None:
 def _check_types(config: Any) -> None:
     """Refuses a value of another type than its field's, so that a typo in a file fails here and not in step 900."""
     hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
+    for declared in dataclasses.fields(config):
+        name = declared.name
+        value, hint = getattr(config, name), hints[name]
         choices = get_args(hint) if getattr(hint, "__origin__", None) is Literal else None
-        whole = isinstance(value, int) and not isinstance(value, bool)
+        whole = _is_whole(value)
         if choices is not None:
-            _require(config, field.name, value in choices, f"must be one of {', '.join(map(repr, choices))}")
+            _require(config, name, value in choices, f"must be one of {', '.join(map(repr, choices))}")
         elif hint is bool:
-            _require(config, field.name, isinstance(value, bool), "must be true or false")
+            _require(config, name, isinstance(value, bool), "must be true or false")
         elif hint is int:
-            _require(config, field.name, whole, "must be a whole number")
+            _require(config, name, whole, "must be a whole number")
         elif hint is float:
-            _require(config, field.name, _is_finite_number(value), "must be a finite number")
+            _require(config, name, _is_finite_number(value), "must be a finite number")
         elif hint == tuple[float, float]:
             pair = isinstance(value, tuple) and len(value) == 2 and all(map(_is_finite_number, value))
-            _require(config, field.name, pair, "must hold two numbers")
+            _require(config, name, pair, "must hold two numbers")
         elif hint == tuple[str, ...]:
             texts = isinstance(value, tuple) and all(isinstance(text, str) for text in value)
-            _require(config, field.name, texts, "must hold strings")
-        elif hint == int | None:
-            _require(config, field.name, value is None or whole, "must be a whole number or None")
+            _require(config, name, texts, "must hold strings")
+        elif hint == tuple[int, ...]:
+            _require(config, name, isinstance(value, tuple) and all(map(_is_whole, value)), "must hold whole numbers")
+        elif hint == int | tuple[int, ...]:
+            whole = whole or (isinstance(value, tuple) and bool(value) and all(map(_is_whole, value)))
+            _require(config, name, whole, "must be a whole number, or hold whole numbers")
+        elif hint == int | tuple[int, ...] | None:
+            whole = whole or value is None or (isinstance(value, tuple) and all(map(_is_whole, value)))
+            _require(config, name, whole, "must be a whole number or None, or hold whole numbers")
+        elif hint == dict[int, float]:
+            pairs = isinstance(value, dict) and all(_is_whole(k) and _is_finite_number(v) for k, v in value.items())
+            _require(config, name, pairs, "must map whole numbers to finite numbers")
         else:
-            raise AssertionError(f"{field.name}: no check for {hint}")
+            raise AssertionError(f"{name}: no check for {hint}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _token_id(key: object) -> object:
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
 
 
 def _is_finite_number(value: object) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,22 @@ class Decoder(Protocol):
         """The other rows are finished; rows (n,) int64, ascending."""
 
 
-def decoder_for(model: nn.Module) -> Decoder:
+@runtime_checkable
+class BranchingDecoder(Decoder, Protocol):
+    """One whose rows can be taken several times and whose last positions can be taken back: what several samples of
+    one prompt, beam search and speculation need. Every decoder here is one."""
+
+    def select_rows(self, rows: Tensor) -> None:
+        """The rows are now these ((n,) int64), in that order; a row may be taken several times."""
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Logits (B, m, V) after each of m more tokens (B, m) int64 in each row."""
+
+    def rewind(self, count: int) -> None:
+        """Forgets the last `count` tokens of every row."""
+
+
+def decoder_for(model: nn.Module) -> BranchingDecoder:
     """The fastest of the three that the model offers."""
     if hasattr(model, "new_cache") and hasattr(model, "get_output_embeddings"):
         return OwnCacheDecoder(model)
@@ -53,17 +68,26 @@ class OwnCacheDecoder:
     def start(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
         ids, mask = pad_left(prompts, device_of(self._model))
         self._cache = self._model.new_cache(len(prompts), capacity)
-        return self._last_logits(ids, attention_mask=mask)
+        return self._logits(ids, 1, attention_mask=mask)[:, 0]
 
     def step(self, tokens: Tensor) -> Tensor:
-        return self._last_logits(tokens[:, None])
+        return self._logits(tokens[:, None], 1)[:, 0]
 
-    def keep_rows(self, rows: Tensor) -> None:
-        self._cache.keep_rows(rows)
+    def extend(self, tokens: Tensor) -> Tensor:
+        return self._logits(tokens, tokens.size(1))
 
-    def _last_logits(self, ids: Tensor, **arguments: Any) -> Tensor:
+    def rewind(self, count: int) -> None:
+        self._cache.rewind(self._cache.length - count)
+
+    def select_rows(self, rows: Tensor) -> None:
+        self._cache.select_rows(rows)
+
+    keep_rows = select_rows
+
+    def _logits(self, ids: Tensor, count: int, **arguments: Any) -> Tensor:
+        """(B, count, V): of the last positions only."""
         hidden = self._model(ids, cache=self._cache, return_hidden=True, **arguments)  # (B, T, D)
-        return F.linear(hidden[:, -1], self._model.get_output_embeddings().weight)
+        return F.linear(hidden[:, -count:], self._model.get_output_embeddings().weight)
 
 
 class HuggingFaceDecoder:
@@ -78,30 +102,46 @@ class HuggingFaceDecoder:
     def start(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
         ids, mask = pad_left(prompts, device_of(self._model))
         self._mask = torch.ones_like(ids) if mask is None else mask
-        return self._last_logits(ids, (self._mask.cumsum(1) - 1).clamp(min=0))
+        self._cache = None
+        return self._logits(ids, 1)[:, 0]
 
     def step(self, tokens: Tensor) -> Tensor:
-        self._mask = F.pad(self._mask, (0, 1), value=1)
-        return self._last_logits(tokens[:, None], self._mask.sum(1, keepdim=True) - 1)
+        return self.extend(tokens[:, None])[:, 0]
 
-    def keep_rows(self, rows: Tensor) -> None:
+    def extend(self, tokens: Tensor) -> Tensor:
+        self._mask = F.pad(self._mask, (0, tokens.size(1)), value=1)
+        return self._logits(tokens, tokens.size(1))
+
+    def rewind(self, count: int) -> None:
+        length = self._mask.size(1) - count
+        self._mask = self._mask[:, :length]
+        if hasattr(self._cache, "crop"):
+            self._cache.crop(length)
+        else:  # tuples of tensors (B, heads, T, E), the form before the Cache classes
+            self._cache = tuple(tuple(tensor[:, :, :length] for tensor in layer) for layer in self._cache)
+
+    def select_rows(self, rows: Tensor) -> None:
         self._mask = self._mask[rows]
         if hasattr(self._cache, "batch_select_indices"):
             self._cache.batch_select_indices(rows)
-        else:  # tuples of tensors, the form before the Cache classes
+        else:
             self._cache = tuple(tuple(tensor[rows] for tensor in layer) for layer in self._cache)
 
-    def _last_logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+    keep_rows = select_rows
+
+    def _logits(self, ids: Tensor, count: int) -> Tensor:
+        """(B, count, V): of the last positions only, where the model can be told so."""
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.size(1) :]
         arguments: dict[str, Any] = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
         if "position_ids" in self._accepted:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._accepted:
-            arguments["logits_to_keep"] = 1
+            arguments["logits_to_keep"] = count
         output = self._model(ids, **arguments)
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:
             raise ValueError(f"{type(self._model).__name__} returned no past_key_values despite use_cache=True")
-        return logits_of(output)[:, -1]
+        return logits_of(output)[:, -count:]
 
 
 class WindowDecoder:
@@ -121,22 +161,31 @@ class WindowDecoder:
             (torch.tensor(rows, device=device), torch.tensor([list(prompts[row]) for row in rows], device=device))
             for rows in by_length.values()
         ]
-        return self._last_logits()
+        return self._logits(1)[:, 0]
 
     def step(self, tokens: Tensor) -> Tensor:
-        self._groups = [(rows, torch.cat((ids, tokens[rows, None]), dim=1)) for rows, ids in self._groups]
-        return self._last_logits()
+        return self.extend(tokens[:, None])[:, 0]
 
-    def keep_rows(self, rows: Tensor) -> None:
+    def extend(self, tokens: Tensor) -> Tensor:
+        self._groups = [(rows, torch.cat((ids, tokens[rows]), dim=1)) for rows, ids in self._groups]
+        return self._logits(tokens.size(1))
+
+    def rewind(self, count: int) -> None:
+        self._groups = [(rows, ids[:, : ids.size(1) - count]) for rows, ids in self._groups]
+
+    def select_rows(self, rows: Tensor) -> None:
         groups = []
         for members, ids in self._groups:
-            kept = torch.isin(members, rows)
-            if bool(kept.any()):
-                groups.append((torch.searchsorted(rows, members[kept]), ids[kept]))
+            new, old = (rows[:, None] == members[None, :]).nonzero().unbind(1)  # (g,) each
+            if new.numel():
+                groups.append((new, ids[old]))
         self._groups = groups
 
-    def _last_logits(self) -> Tensor:
-        parts = [logits_of(self._model(ids))[:, -1] for _, ids in self._groups]
+    keep_rows = select_rows
+
+    def _logits(self, count: int) -> Tensor:
+        """(B, count, V): of each row's last positions."""
+        parts = [logits_of(self._model(ids))[:, -count:] for _, ids in self._groups]
         order = torch.cat([rows for rows, _ in self._groups]).argsort()
         return torch.cat(parts)[order]
 

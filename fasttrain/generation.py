@@ -1,8 +1,10 @@
 """Writes text with a model: one prompt or a ragged batch, all at once or streamed, the same words either way.
 
 `generate` is the door. A row's text depends on the model, its prompt, the config and its seed alone: not on its
-batchmates, on streaming, on the cache, or on any global random state, and generating leaves no trace in training.
-Elsewhere: how a model is stepped (decoding.py), ids become text (text_stream.py), a token is drawn (ops/sample.py).
+batchmates, on streaming, on the cache, on speculation, or on any global random state, and generating leaves no trace in
+training. This file reads the request. Elsewhere: the loop (generation_loop.py), how a model is stepped (decoding.py,
+speculation.py, context_window.py), a token is chosen (sampler.py), beams are searched (beam_search.py), ids become text
+(text_stream.py).
 
 What "batch equals solo" rests on: padding is invisible and each row has its own random numbers. What remains is the
 rounding of matrix products, which libraries choose by shape: logits may differ in the last bits, so two tokens would
@@ -13,33 +15,48 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config import GenerationConfig, from_dict, load_config, to_dict
-from .decoding import context_length, decoder_for, vocabulary_size
-from .ops.sample import sample
+from .context_window import SlidingDecoder
+from .decoding import Decoder, context_length, decoder_for, vocabulary_size
+from .generation_loop import Event, FinishReason, Job, Logprobs, Row, beam_events_of, events_of
+from .prompts import check_ids, check_tokenizer, fit_to_context, ids_of, kind_of
+from .sampler import Processor, truncation_of
+from .speculation import Drafter, DraftModel, PromptLookup, SpeculativeDecoder
 from .text_stream import TextStream
 from .tokenization import Tokenizer, as_tokenizer
 from .utils import device_of, preserve_rng, unwrap
 
 Engine = Literal["auto", "eager"]
-Event = tuple[int, int, str]  # (row, new token id, text that became certain; the id is -1 for text alone)
 
 
-@dataclass
-class _Row:
-    """One text being written."""
+@dataclass(frozen=True)
+class Generated:
+    """One text and what is known about it: what `generate(..., details=True)` returns in a text's place."""
 
-    index: int  # among the prompts: names the row to the user, and its seed is config.seed + index
-    prompt: list[int]
-    text: TextStream | None  # None: ids in, ids out
-    new_ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    ids: list[int]
+    """The new ids, an end-of-text id included if it was drawn."""
+    text: str | None
+    """The new text, without the stop string; None if ids were given and no tokenizer."""
+    finish_reason: FinishReason
+    """What ended it: an end-of-text token, a stop string, or max_new_tokens."""
+    logprobs: list[float] | None = None
+    """Log-probability (natural) of each id if asked for. raw: under the model's own distribution; processed: under the
+    one drawn from, after penalties, temperature and filters (0 for a greedy choice)."""
+    score: float | None = None
+    """Beam search's score: the sum of log-probabilities / new ids ^ length_penalty."""
+    drafted: int = 0
+    """Tokens that speculation guessed."""
+    accepted: int = 0
+    """Those that were right, each of which saved a call of the model; accepted / drafted is the acceptance rate."""
+    model_calls: int = 0
+    """Calls of the model with speculation, the prompt's included."""
 
 
 def generate(
@@ -50,6 +67,10 @@ def generate(
     tokenizer: Any = None,
     stream: bool = False,
     engine: Engine = "auto",
+    processors: Sequence[Processor] = (),
+    draft_model: nn.Module | None = None,
+    details: bool = False,
+    logprobs: Logprobs | None = None,
     **overrides: Any,
 ) -> Any:
     """Continues `prompt`. Text in gives text out, ids in give ids out; only what is new is returned.
@@ -60,45 +81,59 @@ def generate(
         prompt: a str; a list of str; ids as a tensor (B, T) or (T,), a list of ids, or a list of lists of ids. The
             rows of a list may differ in length.
         config: a GenerationConfig, a dict of its fields, or the path of a TOML or JSON file.
-        tokenizer: anything that `as_tokenizer` takes; by default `model.tokenizer`. Ids need none, except for `stop`.
+        tokenizer: anything that `as_tokenizer` takes; by default `model.tokenizer`. Ids need none, except for `stop`
+            and `dry_breakers`.
         stream: return an iterator instead. For a str prompt it yields pieces of text that joined are the text; for a
-            list of them pairs (row, piece); for ids pairs (row, id).
+            list of them pairs (row, piece); for ids pairs (row, id). Beam search yields its text at the end.
         engine: "auto" or "eager".
+        processors: functions (ids (1, T) int64, logits (1, V) float32) -> logits (1, V), called in turn for each row
+            and token before the temperature; ids are prompt and new text. For grammars and the like.
+        draft_model: a smaller model over the same vocabulary that guesses `num_draft_tokens` at a time; the text is
+            the same with it.
+        details: return `Generated` objects instead of texts or ids.
+        logprobs: keep the log-probability of each token, "raw" or "processed" (see `Generated`); implies details.
         overrides: fields of GenerationConfig, each for this call.
 
     Returns:
         A str; a list of str; or for ids a list of lists of the new ids, one list per row (the end-of-text id included
-        if it was drawn). With `stream` an iterator.
+        if it was drawn). With `num_samples` > 1, in place of each of these a list of them. With `stream` an iterator.
 
     Raises:
-        ValueError: an unknown option, an empty prompt, a prompt or a length beyond the model's context, ids that the
-            model does not have, no tokenizer for text, or logits without a distribution (NaN) while generating.
+        ValueError: an unknown option, options that contradict each other, an empty prompt, a prompt or a length beyond
+            the model's context, ids that the model does not have, no tokenizer for text, or logits without a
+            distribution (NaN, every token banned) while generating.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     if engine not in ("auto", "eager"):
         raise ValueError(f"engine is {engine!r}; this version has 'auto' and 'eager'")
+    if logprobs not in (None, "raw", "processed"):
+        raise ValueError(f"logprobs is {logprobs!r}; it must be 'raw', 'processed' or None")
+    details = details or logprobs is not None
+    if stream and details:
+        raise ValueError("stream=True yields pieces and details=True (or logprobs) whole results; choose one of them")
     model = unwrap(model)  # a compiled wrapper would compile again for every length
     settings = _settings(config, overrides)
-    as_text, single = _kind_of(prompt)
-    if tokenizer is None:
-        tokenizer = getattr(model, "tokenizer", None)
-    tokens = None if tokenizer is None else as_tokenizer(tokenizer)
-    if tokens is None and (as_text or settings.stop):
-        what = "a text prompt" if as_text else f"stop={settings.stop!r}"
-        raise ValueError(f"{what} needs a tokenizer: pass tokenizer=, set model.tokenizer, or pass ids without stop")
-    rows = _rows(prompt, as_text, tokens, settings)
-    _check(model, rows, tokens if as_text else None, settings)
-    run = _events(model, rows, settings, tokens, as_text)
+    as_text, single = kind_of(prompt)
+    tokens = _tokenizer_for(model, tokenizer, settings, as_text)
+    prompts = fit_to_context(model, ids_of(prompt, tokens), settings)
+    job = _job(model, prompts, settings, tokens, as_text, processors, draft_model, logprobs)
+    reads = tokens if as_text or settings.stop or details else None
+    rows = [
+        Row(i, prompts[i // settings.num_samples], None if reads is None else TextStream(reads, settings.stop))
+        for i in range(len(prompts) * settings.num_samples)
+    ]
+    run = beam_events_of(job, rows) if settings.num_beams > 1 else events_of(job, rows)
+    models = [model] if draft_model is None else [model, unwrap(draft_model)]
     if stream:
-        return _streamed(run, model, as_text, as_text and single)
-    with _undisturbed(model):
+        return _streamed(run, models, as_text, as_text and single and settings.num_samples == 1)
+    with _undisturbed(models):
         for _ in run:
             pass
-    if as_text:
-        texts = ["".join(row.pieces) for row in rows]
-        return texts[0] if single else texts
-    return [row.new_ids for row in rows]
+    results = [_result(row, job, details) for row in rows]
+    if settings.num_samples > 1:
+        results = [results[i : i + settings.num_samples] for i in range(0, len(rows), settings.num_samples)]
+    return results[0] if as_text and single else results
 
 
 def _settings(config: Any, overrides: dict[str, Any]) -> GenerationConfig:
@@ -108,84 +143,102 @@ def _settings(config: Any, overrides: dict[str, Any]) -> GenerationConfig:
     return from_dict(GenerationConfig, {**to_dict(base), **overrides}) if overrides else base
 
 
-def _kind_of(prompt: Any) -> tuple[bool, bool]:
-    """(whether it is text, whether it is one prompt and not a batch)."""
-    if isinstance(prompt, str):
-        return True, True
-    if isinstance(prompt, Tensor):
-        if prompt.is_floating_point() or prompt.dtype == torch.bool or prompt.dim() not in (1, 2):
-            raise ValueError(
-                f"prompt is a {prompt.dtype} tensor of shape {tuple(prompt.shape)}; token ids are integers of shape "
-                "(T,) or (B, T)"
-            )
-        return False, prompt.dim() == 1
-    if isinstance(prompt, Sequence):
-        if prompt and all(isinstance(item, str) for item in prompt):
-            return True, False
-        if all(isinstance(item, int) for item in prompt) and prompt:
-            return False, True
-        if all(isinstance(item, (Sequence, Tensor)) and not isinstance(item, str) for item in prompt):
-            return False, False
-    raise ValueError(
-        f"prompt is a {type(prompt).__name__} of mixed or unknown items; pass a str, a list of str, a tensor of ids "
-        "(B, T), or a list of lists of ids"
-    )
-
-
-def _rows(prompt: Any, as_text: bool, tokenizer: Tokenizer | None, settings: GenerationConfig) -> list[_Row]:
-    if as_text:
-        assert tokenizer is not None
-        prompts = [tokenizer.encode(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
-    else:
-        batch = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-        batch = [batch] if batch and isinstance(batch[0], int) else batch
-        prompts = [[int(token) for token in row] for row in batch]
-    reads = tokenizer if as_text or settings.stop else None
-    return [
-        _Row(index, list(ids), None if reads is None else TextStream(reads, settings.stop))
-        for index, ids in enumerate(prompts)
-    ]
-
-
-def _check(model: nn.Module, rows: list[_Row], tokenizer: Tokenizer | None, settings: GenerationConfig) -> None:
-    context, vocabulary = context_length(model), vocabulary_size(model)
-    size = None if tokenizer is None else _size(tokenizer)
-    if size is not None and vocabulary is not None and size > vocabulary:
+def _tokenizer_for(model: nn.Module, tokenizer: Any, settings: GenerationConfig, as_text: bool) -> Tokenizer | None:
+    if tokenizer is None:
+        tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        return as_tokenizer(tokenizer)
+    if settings.dry_multiplier > 0.0 and settings.dry_breakers:
         raise ValueError(
-            f"tokenizer has {size} ids and the model {vocabulary}; pass the tokenizer that the model was trained with"
+            f"dry_breakers={settings.dry_breakers!r} needs a tokenizer to find them: pass tokenizer= or dry_breakers=()"
         )
-    for row in rows:
-        length = len(row.prompt)
-        if length == 0:
-            raise ValueError(f"prompt {row.index} is empty; give it at least one token, say a newline")
-        if context is not None and length > context:
-            raise ValueError(
-                f"prompt {row.index} has {length} tokens; the model's context is {context}: shorten it, say to its "
-                f"last {max(1, context - settings.max_new_tokens)} tokens"
-            )
-        if context is not None and length + settings.max_new_tokens - 1 > context:  # the last token is never read
-            raise ValueError(
-                f"max_new_tokens is {settings.max_new_tokens} after the {length} tokens of prompt {row.index}; the "
-                f"model's context is {context}: at most {context - length + 1} fit"
-            )
-        bad = next((token for token in row.prompt if token < 0 or (vocabulary or 2**63) <= token), None)
-        if bad is not None:
-            raise ValueError(f"prompt {row.index} holds token id {bad}; the model's ids lie in [0, {vocabulary})")
+    if as_text or settings.stop:
+        what = "a text prompt" if as_text else f"stop={settings.stop!r}"
+        raise ValueError(f"{what} needs a tokenizer: pass tokenizer=, set model.tokenizer, or pass ids without stop")
+    return None
 
 
-def _size(tokenizer: Tokenizer) -> int | None:
-    try:
-        return tokenizer.vocab_size
-    except ValueError:  # a plain object that only encodes and decodes
-        return None
+def _job(
+    model: nn.Module, prompts: list[list[int]], settings: GenerationConfig, tokenizer: Tokenizer | None, as_text: bool,
+    processors: Sequence[Processor], draft_model: nn.Module | None, logprobs: Logprobs | None,
+) -> Job:  # fmt: skip
+    """Checks what remains and picks the decoder."""
+    if tokenizer is not None and as_text:
+        check_tokenizer(model, tokenizer)
+    eos = settings.eos_token_id
+    if eos is None and tokenizer is not None:
+        eos = tokenizer.eos_token_id
+    ends = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+    check_ids(model, prompts, settings, ends)
+    num_rows = len(prompts) * settings.num_samples
+    seeds = list(settings.seed) if isinstance(settings.seed, tuple) else [settings.seed + i for i in range(num_rows)]
+    if len(seeds) != num_rows:
+        raise ValueError(
+            f"GenerationConfig.seed holds {len(seeds)} seeds; {len(prompts)} prompts with num_samples="
+            f"{settings.num_samples} are {num_rows} texts: give one seed, or one for each"
+        )
+    decoder: Decoder
+    if draft_model is not None or settings.speculation != "none":
+        decoder = _speculative(model, draft_model, settings, seeds)
+    else:
+        decoder = decoder_for(model)
+    context = context_length(model)
+    if settings.long_text == "sliding" and context is not None:
+        decoder = SlidingDecoder(decoder, context)
+    return Job(model, settings, tokenizer, as_text, ends, seeds, decoder, tuple(processors), logprobs)
+
+
+def _speculative(
+    model: nn.Module, draft_model: nn.Module | None, settings: GenerationConfig, seeds: list[int]
+) -> SpeculativeDecoder:
+    if settings.long_text == "sliding":
+        raise ValueError(
+            "long_text='sliding' moves the text under the guesses of speculation; use one of the two, or "
+            "long_text='truncate_left'"
+        )
+    if draft_model is None:
+        return SpeculativeDecoder(lambda: decoder_for(model), lambda *_: PromptLookup(), settings.num_draft_tokens)
+    if settings.speculation != "none":
+        raise ValueError(f"speculation={settings.speculation!r} and draft_model both guess; give one of the two")
+    if settings.num_beams > 1:
+        raise ValueError(f"draft_model cannot be joined with num_beams={settings.num_beams}; leave out one of the two")
+    if not isinstance(draft_model, nn.Module):
+        raise ValueError(f"draft_model is a {type(draft_model).__name__}; pass a torch.nn.Module")
+    drafts = unwrap(draft_model)
+    sizes = vocabulary_size(model), vocabulary_size(drafts)
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"draft_model has {sizes[1]} ids and the model {sizes[0]}; it must be trained with the same tokenizer"
+        )
+    context, truncation = context_length(drafts), truncation_of(settings)
+
+    def new_drafter(row: int, prompt: Sequence[int], capacity: int) -> Drafter:
+        if context is not None and capacity > context:
+            raise ValueError(f"draft_model's context is {context}; the texts grow to {capacity} tokens: shorten them")
+        seed = torch.tensor([seeds[row] % 2**63], device=device_of(drafts))
+        return DraftModel(decoder_for(drafts), truncation, seed, len(prompt), capacity)
+
+    return SpeculativeDecoder(lambda: decoder_for(model), new_drafter, settings.num_draft_tokens)
+
+
+def _result(row: Row, job: Job, details: bool) -> Any:
+    text = "".join(row.pieces) if row.text is not None else None
+    if not details:
+        return text if job.as_text else row.new_ids
+    count = job.decoder.counts[row.index] if isinstance(job.decoder, SpeculativeDecoder) else None
+    return Generated(
+        ids=row.new_ids, text=text, finish_reason=row.reason, score=row.score,
+        logprobs=row.logprobs if job.logprobs is not None else None, drafted=count.drafted if count else 0,
+        accepted=count.accepted if count else 0, model_calls=count.model_calls if count else 0,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast and the caller's random state put back: whatever happens inside, the model
+def _undisturbed(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode, no gradients, no autocast and the caller's random state put back: whatever happens inside, the models
     and the process are then as they were."""
-    training = [module for module in model.modules() if module.training]
-    with preserve_rng(), torch.inference_mode(), torch.autocast(device_of(model).type, enabled=False):
+    training = [module for model in models for module in model.modules() if module.training]
+    with preserve_rng(), torch.inference_mode(), torch.autocast(device_of(models[0]).type, enabled=False):
         try:
             for module in training:
                 module.training = False
@@ -195,11 +248,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-def _streamed(run: Iterator[list[Event]], model: nn.Module, as_text: bool, bare: bool) -> Iterator[Any]:
+def _streamed(run: Iterator[list[Event]], models: Sequence[nn.Module], as_text: bool, bare: bool) -> Iterator[Any]:
     """Steps `run` and hands out its events. The modes are set for each step and not across a yield: between two pieces
     the caller's own code runs."""
     while True:
-        with _undisturbed(model):
+        with _undisturbed(models):
             events = next(run, None)
         if events is None:
             return
@@ -208,86 +261,3 @@ def _streamed(run: Iterator[list[Event]], model: nn.Module, as_text: bool, bare:
                 yield piece if bare else (row, piece)
             elif not as_text and token >= 0:
                 yield row, token
-
-
-def _events(
-    model: nn.Module, rows: list[_Row], settings: GenerationConfig, tokenizer: Tokenizer | None, as_text: bool
-) -> Iterator[list[Event]]:
-    """The loop: draw, record, drop what is finished, step. Yields what each round brought."""
-    if not rows:
-        return
-    decoder, device = decoder_for(model), device_of(model)
-    eos = settings.eos_token_id if settings.eos_token_id is not None or tokenizer is None else tokenizer.eos_token_id
-    size = _size(tokenizer) if tokenizer is not None and as_text else None
-    live = rows
-    capacity = max(len(row.prompt) for row in rows) + settings.max_new_tokens - 1
-    logits = decoder.start([row.prompt for row in rows], capacity)
-    seen = _seen(rows, settings, device)
-    for position in range(settings.max_new_tokens):
-        tokens = _draw(logits, live, seen, settings, size, position)
-        if seen is not None:
-            seen = torch.cat((seen, tokens[:, None]), dim=1)
-        last = position + 1 == settings.max_new_tokens
-        events, going = _record(live, tokens.tolist(), eos, last)
-        yield events
-        if not going:
-            return
-        if len(going) < len(live):
-            kept = torch.tensor(going, device=device)
-            live, tokens, seen = [live[i] for i in going], tokens[kept], None if seen is None else seen[kept]
-            decoder.keep_rows(kept)
-        logits = decoder.step(tokens)
-
-
-def _record(live: list[_Row], tokens: list[int], eos: int | None, last: bool) -> tuple[list[Event], list[int]]:
-    """Adds a token to each row; returns the events and the positions in `live` of the rows that go on."""
-    events, going = [], []
-    for i, (row, token) in enumerate(zip(live, tokens)):
-        row.new_ids.append(token)
-        piece, stopped = ("", False) if row.text is None or token == eos else row.text.push(token)
-        done = stopped or last or token == eos
-        if done and not stopped and row.text is not None:
-            piece += row.text.finish()
-        row.pieces.append(piece)
-        events.append((row.index, token, piece))
-        if not done:
-            going.append(i)
-    return events, going
-
-
-def _draw(
-    logits: Tensor, live: list[_Row], seen: Tensor | None, settings: GenerationConfig, size: int | None, position: int
-) -> Tensor:
-    """(n,) int64: the next token of each row."""
-    if size is not None and size < logits.size(1):
-        # A vocabulary rounded up has ids that stand for nothing: they cannot be written, so they are not drawn.
-        logits = logits[:, :size]
-    if seen is not None:
-        values = logits.gather(1, seen)
-        penalty = settings.repetition_penalty
-        # An id may be in `seen` twice: all its entries are computed from the same logit, so they agree.
-        logits = logits.scatter(1, seen, torch.where(values > 0, values / penalty, values * penalty))
-    seeds = torch.tensor([(settings.seed + row.index) % 2**63 for row in live], device=logits.device)
-    try:
-        return sample(
-            logits,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-            seed=seeds,
-            position=position,
-        )
-    except ValueError as error:
-        bad = (~torch.isfinite(logits.float().amax(1))).nonzero()[:, 0].tolist()
-        if not bad:
-            raise
-        raise ValueError(f"prompt {live[bad[0]].index}, new token {position}: {error}") from None
-
-
-def _seen(rows: list[_Row], settings: GenerationConfig, device: torch.device) -> Tensor | None:
-    """Ids each row holds so far, (B, T) int64, short rows filled up with one of their own; None without a penalty."""
-    if settings.repetition_penalty == 1.0:
-        return None
-    longest = max(len(row.prompt) for row in rows)
-    return torch.tensor([row.prompt + row.prompt[:1] * (longest - len(row.prompt)) for row in rows], device=device)

@@ -161,9 +161,11 @@ class TextStream:
         self._detokenizer = Detokenizer(tokenizer)
         self._matcher = stop_matcher(stops) if stops else None
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """(text that is certain now, whether a stop string was found)."""
-        return self._through(self._detokenizer.push(token))
+    def push(self, token: int, may_stop: bool = True) -> tuple[str, bool]:
+        """(text that is certain now, whether a stop string was found). Text that comes while `may_stop` is false is
+        not searched."""
+        piece = self._detokenizer.push(token)
+        return self._through(piece) if may_stop else (piece, False)
 
     def finish(self) -> str:
         """What is left when the ids end by themselves."""

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fasttrain"
 
 # A module imports only from strictly lower levels; files of one package may import each other.
 LEVELS = [
-    {"config", "utils", "backend", "kernels", "_C", "trees", "permutation", "prefetch"},
+    {"config", "utils", "backend", "kernels", "_C", "trees", "permutation", "prefetch", "repeats"},
     {
         "amp",
         "ops",
@@ -31,9 +31,12 @@ LEVELS = [
         "tensorfile",
         "decoding",
         "text_stream",
+        "penalties",
     },
-    {"state", "corpus", "manifest"},
-    {"callbacks", "losses", "token_store", "treefiles"},
+    {"state", "corpus", "manifest", "truncation", "prompts", "context_window"},
+    {"callbacks", "losses", "token_store", "treefiles", "sampler", "speculation"},
+    {"beam_search"},
+    {"generation_loop"},
     {"evaluation", "checkpointing", "progress", "optimizations", "generation", "data", "models"},
     {"training_loop", "assembly"},
     {"preflight", "verification"},

@@ -115,7 +115,7 @@ def test_a_cache_taken_back_or_thinned_out_goes_on_as_if_it_had_always_been_so()
         model(tokens[:, :8], cache=cache)
         model(ids(4, 2), cache=cache)  # drafted and refused
         cache.rewind(8)
-        cache.keep_rows(torch.tensor([1, 3]))
+        cache.select_rows(torch.tensor([1, 3]))
         after = model(tokens[[1, 3], 8:9], cache=cache)
         expected = model(tokens[[1, 3], :9])[:, -1:]
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)

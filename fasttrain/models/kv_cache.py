@@ -1,4 +1,4 @@
-"""The key/value cache that decoding writes in place: static memory, rows that leave, positions that can be taken back.
+"""The key/value cache that decoding writes in place: static, with rows that leave or branch and a way back.
 
 One tensor for keys and one for values, reserved once. A cache that grows by concatenation copies everything it holds
 for every new token; one that attends over its whole capacity multiplies by zeros. This one does neither.
@@ -47,12 +47,15 @@ class KVCache:
             raise ValueError(f"length is {length}; it must lie in [0, {self.length}], the filled part of the cache")
         self.length = length
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keeps the given rows ((n,) int64, each at most once), in that order; the others leave the batch."""
-        kept = rows.shape[0]
-        for buffer in (self.keys, self.values):
-            for layer in buffer[..., : self.length, :].unbind(0):  # layer by layer: the copy in between is 1/L of all
-                layer[:kept] = layer[rows]
-        self.keys, self.values = self.keys[:, :kept], self.values[:, :kept]
+    def select_rows(self, rows: Tensor) -> None:
+        """The rows are now these ((n,) int64), in that order. Rows may leave, and a row may be taken several times."""
+        n, filled = rows.shape[0], self.length
+        grown = n > self.batch
+        for name in ("keys", "values"):
+            buffer = getattr(self, name)
+            taken = buffer.new_empty(buffer.shape[0], n, *buffer.shape[2:]) if grown else buffer[:, :n]
+            for old, new in zip(buffer[..., :filled, :].unbind(0), taken[..., :filled, :].unbind(0)):
+                new.copy_(old[rows])  # layer by layer: the copy in between is 1/L of all
+            setattr(self, name, taken)
         if self.num_pads is not None:
             self.num_pads = self.num_pads[rows]

@@ -160,7 +160,7 @@ def _run(logits: Tensor, given: dict[str, Any], namespace: str) -> tuple[Tensor,
         return getattr(torch.ops, namespace).sample_rows(logits, *numbers, *tensors)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, OverflowError):
         row_parameters(logits.size(0), logits.device, given)
-        _check_rows(logits.float(), 0)
+        check_rows(logits.float(), 0)
         raise
 
 
@@ -236,17 +236,17 @@ def log2(v: Tensor) -> Tensor:
 def _survivor_masses(logits: Tensor, parameters: RowParameters, first_row: int) -> Tensor:
     """Steps 0 to 2: int64 masses (R, V) of logits (R, V), 0 where a filter removed the token."""
     x = logits.float()
-    largest = _check_rows(x, first_row)
+    largest = check_rows(x, first_row)
     w = token_masses(x, largest, parameters.scale)
     use_top_k = (parameters.top_k > 0) & (parameters.top_k < x.size(1))
     if bool(use_top_k.any()):
         k = torch.where(use_top_k, parameters.top_k, x.size(1))
-        ids = _leading_ids(x, int(k.max()) if bool(use_top_k.all()) else x.size(1))
+        ids = leading_ids(x, int(k.max()) if bool(use_top_k.all()) else x.size(1))
         stays = torch.arange(ids.size(1), device=x.device) < k[:, None]
         w = torch.zeros_like(w).scatter_(1, ids, torch.where(stays, w.gather(1, ids), 0))
     if bool((parameters.top_p < 1.0).any()):
         most = x.size(1) if not bool(use_top_k.all()) else int(parameters.top_k.max())
-        ids = _leading_ids(x, most)
+        ids = leading_ids(x, most)
         leading = w.gather(1, ids)
         total = leading.sum(1, keepdim=True)
         need = (total.double() * parameters.top_p[:, None]).ceil_().long().clamp_(min=1).minimum(total)
@@ -256,7 +256,7 @@ def _survivor_masses(logits: Tensor, parameters: RowParameters, first_row: int) 
     return torch.where(w >= parameters.min_mass[:, None], w, 0)
 
 
-def _check_rows(x: Tensor, first_row: int) -> Tensor:
+def check_rows(x: Tensor, first_row: int) -> Tensor:
     """The largest value of each row, (R, 1); ValueError for the first row without a distribution."""
     largest = x.amax(1, keepdim=True) if x.size(0) else x[:, :1]  # NaN if there is one
     bad = ~torch.isfinite(largest[:, 0])
@@ -284,7 +284,7 @@ def token_masses(x: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
     return (p * 2.0**24).long().bitwise_left_shift_(16).bitwise_right_shift_((-n).long().clamp_(max=63))
 
 
-def _leading_ids(x: Tensor, count: int) -> Tensor:
+def leading_ids(x: Tensor, count: int) -> Tensor:
     """Ids of the first `count` tokens in the order of step 2, (R, count) int64.
 
     A partial selection first where it pays: torch.topk breaks ties as it likes, so all ids that tie with the last one
@@ -347,7 +347,7 @@ def _launch(logits: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
     filtered = temperature == 0 or top_k > 0 or top_p < 1 or any(tensor is not None for tensor in tensors[:3])
     tokens, logprobs = kernels.sample(logits, *parameters, filtered=filtered)
     if bool((tokens < 0).any()):  # waits for the device: a token that is none must not be used
-        _check_rows(logits.float(), 0)
+        check_rows(logits.float(), 0)
     return tokens, logprobs
 
 
