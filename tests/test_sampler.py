@@ -107,7 +107,8 @@ def test_penalties_touch_the_tokens_seen_and_copy_the_logits_once(monkeypatch: p
 def test_bias_comes_first_bans_last_and_the_callers_logits_stay() -> None:
     x = torch.full((1, 6), 2.0)
     before = x.clone()
-    out = sampler([[1, 2]], repetition_penalty=2.0, logit_bias={1: -4.0, 3: 0.5, 4: 100.0}, banned_tokens=(4, 5)).adjusted(x, 0)
+    bias = {1: -4.0, 3: 0.5, 4: 100.0}
+    out = sampler([[1, 2]], repetition_penalty=2.0, logit_bias=bias, banned_tokens=(4, 5)).adjusted(x, 0)
     assert out[0].tolist() == [2.0, -4.0, 1.0, 2.5, -math.inf, -math.inf]  # (2 - 4) * 2, 2 / 2, 2 + 0.5
     assert torch.equal(x, before)
     assert sampler([[1]]).adjusted(x, 0) is x  # nothing to do, nothing copied
@@ -141,7 +142,7 @@ def test_processors_get_each_rows_own_text_and_their_results_are_checked() -> No
     assert seen[2:] == [[4, 8]]
     bad: list[Callable[[Tensor, Tensor], Any]] = [lambda i, x: x[0], lambda i, x: None, lambda i, x: x.long()]
     for processor in bad:
-        with pytest.raises(ValueError, match="processor .* returned .* must return floating-point logits"):
+        with pytest.raises(ValueError, match=r"processor .* returned .* must return floating-point logits"):
             sampler([[1]], processors=(processor,)).adjusted(torch.ones(1, 9), 0)
 
 

@@ -41,8 +41,10 @@ WARPERS = [
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])
-@pytest.mark.parametrize(("name", "options", "ours"), WARPERS, ids=lambda v: str(v) if isinstance(v, (str, dict)) else "")
-def test_a_filter_keeps_what_transformers_warper_keeps(name: str, options: dict[str, Any], ours: Any, spread: float) -> None:
+@pytest.mark.parametrize(("name", "options", "ours"), WARPERS, ids=lambda v: "" if callable(v) else str(v))
+def test_a_filter_keeps_what_transformers_warper_keeps(
+    name: str, options: dict[str, Any], ours: Any, spread: float
+) -> None:
     warpers = pytest.importorskip("transformers.generation.logits_process")
     x = random_rows(spread)
     theirs = getattr(warpers, name)(**options)(None, x.clone())
@@ -120,7 +122,7 @@ def test_the_coin_is_the_rows_own_and_no_draw_uses_it() -> None:
     together = coin(SEEDS, 5)
     for row in range(8):
         assert torch.equal(coin(SEEDS[row : row + 1], 5), together[row : row + 1])
-    with_coin = Truncation(xtc_probability=0.5, xtc_threshold=0.5).draw(x, SEEDS, 5)  # acts on nothing: all are unlikely
+    with_coin = Truncation(xtc_probability=0.5, xtc_threshold=0.5).draw(x, SEEDS, 5)  # nothing is that likely
     assert torch.equal(with_coin[0], ops.sample(x, seed=SEEDS, position=5))
     assert len(set(together.tolist())) == 8 and not torch.equal(coin(SEEDS, 6), together)
 
