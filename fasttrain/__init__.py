@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .generation import generate as generate
     from .ops import backend_info as backend_info
     from .ops.adamw import AdamW as AdamW
+    from .result import TrainResult as TrainResult
     from .trainer import Trainer as Trainer
-    from .trainer import TrainResult as TrainResult
     from .training_loop import fit as fit
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _HOMES = {
     "EvalResult": "evaluation",
     "GenerationConfig": "config",
     "TrainConfig": "config",
-    "TrainResult": "trainer",
+    "TrainResult": "result",
     "Trainer": "trainer",
     "backend_info": "ops",
     "evaluate": "evaluation",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .config import TrainConfig, to_dict
+from .generation import generate
 from .ops.adamw import AdamW
-from .tokenization import Tokenizer, as_tokenizer
-from .utils import device_of, format_count
+from .state import TrainState
+from .tokenization import Tokenizer, as_tokenizer, tokenizer_to_dict
+from .utils import Interrupted, Interruption, device_of, format_count, unwrap
 
 
 def place_model(model: nn.Module) -> tuple[nn.Module, torch.device]:
@@ -186,6 +188,32 @@ def model_config_of(model: nn.Module) -> Any:
         return dataclasses.asdict(config)
     to_json = getattr(config, "to_dict", None)
     return to_json() if callable(to_json) else None
+
+
+def checkpoint_metadata(state: TrainState, config: TrainConfig, precision: torch.dtype,
+                        tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run, besides the files: JSON-ready."""
+    counters, module = state.counters, unwrap(state.model)
+    measured = counters.last_eval_step == state.step and not state.window.micro_step
+    return {
+        "config": to_dict(config), "model_class": type(module).__name__, "model_config": model_config_of(module),
+        "precision": str(precision), "tokenizer": None if tokenizer is None else tokenizer_to_dict(tokenizer),
+        "val_loss": counters.last_val_loss if measured else None, "tokens_seen": counters.tokens_seen,
+    }
+
+
+def breakable_generation(model: nn.Module, tokenizer: Tokenizer, interruption: Interruption,
+                         ) -> Callable[..., list[str]]:
+    """(prompts, **options) -> texts for callbacks; a signal ends it between two tokens with Interrupted."""
+    def run(prompts: Sequence[str], **options: Any) -> list[str]:
+        texts = [""] * len(prompts)
+        for row, piece in generate(model, list(prompts), tokenizer=tokenizer, stream=True, **options):
+            texts[row] += piece
+            if interruption:
+                raise Interrupted(interruption.requested)
+        return texts
+
+    return run
 
 
 def describe_parameters(model: nn.Module) -> str:

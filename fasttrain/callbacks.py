@@ -27,6 +27,7 @@ from typing import Any
 
 from .config import TrainConfig
 from .state import TrainState
+from .utils import Interrupted
 
 HOOKS = ("on_train_start", "on_step", "on_nonfinite", "on_log", "on_eval_start", "on_eval", "on_save", "on_train_end",
          "on_exception")
@@ -254,7 +255,11 @@ class SampleText(Callback):
         run = self._run
         if run is None or run.generate is None:
             return
-        for prompt, text in zip(self.prompts, run.generate(self.prompts, **self.options)):
+        try:
+            texts = run.generate(self.prompts, **self.options)
+        except Interrupted:  # a signal: the run ends now, and half a sample is none
+            return
+        for prompt, text in zip(self.prompts, texts):
             run.log(f"sample at step {state.step}: {prompt}{text}")
             if run.directory is not None:
                 record = {"step": state.step, "prompt": prompt, "text": text}

@@ -4,19 +4,17 @@
 size and SHA-256. It is built in a private directory, each file fsynced, and becomes visible by one rename. There is no
 `latest` pointer to tear: the newest step that verifies is the latest. Loading hashes first and returns afterwards;
 tensors are mapped from the file, so that no second copy of a model is made. No pickle anywhere.
-Deliberately left out: what a training run consists of (state.py) and when to save (training_loop.py). One writer at a
-time is the caller's choice: hold `lock_directory(root)` for the run.
+Deliberately left out: what a training run consists of (state.py), when to save (training_loop.py), doing it behind the
+training (saver.py) and what to keep (retention.py). One writer at a time is the caller's choice: hold
+`lock_directory(root)` for the run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
-import math
 import os
 import platform
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,11 +44,12 @@ from fasttrain.storage import (
     read_all,
     require_space,
     retire,
+    serialized,
     sync_directory,
     write_file,
 )
 from fasttrain.tensorfile import layout
-from fasttrain.treefiles import describe, naming_file, read_tree, write_tree
+from fasttrain.treefiles import describe, naming_file, read_tree, write_trees
 from fasttrain.trees import (
     JSON,
     MAX_JSON_BYTES,
@@ -64,8 +63,8 @@ from fasttrain.trees import (
 
 __all__ = [
     "CheckpointError", "CheckpointSpaceError", "DirectoryInUseError", "Manifest", "Snapshot", "latest_checkpoint",
-    "list_checkpoints", "load_checkpoint", "load_into", "lock_directory", "prune_checkpoints", "read_manifest",
-    "save_checkpoint", "snapshot_trees", "verify_checkpoint", "write_snapshot",
+    "list_checkpoints", "load_checkpoint", "load_into", "lock_directory", "read_manifest", "save_checkpoint",
+    "snapshot_trees", "verify_checkpoint", "write_snapshot",
 ]
 
 
@@ -101,9 +100,8 @@ def save_checkpoint(root: Path | str, step: int, trees: Mapping[str, Tree], *, m
     return write_snapshot(root, step, snapshot_trees(trees), metadata=metadata)
 
 
-def snapshot_trees(trees: Mapping[str, Tree], *, copy: bool = False) -> Snapshot:
-    """Takes everything but the tensors' bytes; with `copy` these too (to CPU memory), so that the caller may go on and
-    change them while `write_snapshot` runs."""
+def snapshot_trees(trees: Mapping[str, Tree]) -> Snapshot:
+    """Takes everything but the tensors' bytes (`saver.Arena.copy` takes these too)."""
     taken: dict[str, tuple[bytes, Mapping[str, Tensor]]] = {}
     for name, tree in trees.items():
         if not is_tree_name(name):
@@ -112,8 +110,6 @@ def snapshot_trees(trees: Mapping[str, Tree], *, copy: bool = False) -> Snapshot
         text = dump_json(structure)
         parse_json(text, f"tree {name!r}")  # the reader's limits: what could not be read back is not written
         layout(tensors, f"tree {name!r}")
-        if copy:
-            tensors = {key: torch.empty_like(t, device="cpu").copy_(t) for key, t in tensors.items()}
         taken[name] = (text, tensors)
     return Snapshot(taken)
 
@@ -133,10 +129,10 @@ def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata:
     require_space(root, needed)
     with private_directory(root, needed) as private:
         with open_directory(private) as directory:
-            trees = {name: write_tree(directory, name, *parts) for name, parts in snapshot.trees.items()}
+            trees = write_trees(directory, snapshot.trees)
             write_file(directory, MANIFEST_NAME, [seal_manifest(replace(draft, trees=trees))])
             os.fsync(directory)
-        with _serialized(root):
+        with serialized(root):
             _publish(private, final)
     return final
 
@@ -192,14 +188,17 @@ def read_manifest(path: Path | str) -> Manifest:
         return manifest
 
 
-def verify_checkpoint(path: Path | str) -> list[str]:
-    """Reads and hashes everything, as loading does; returns the problems by file and tensor (empty: sound)."""
+def verify_checkpoint(path: Path | str, *, from_disk: bool = False) -> list[str]:
+    """Reads and hashes everything, as loading does; returns the problems by file and tensor (empty: sound).
+
+    With `from_disk` the kernel is asked to forget its cached copy first, so that the disk itself has to answer.
+    """
     problems = []
     try:
         with _opened(Path(path)) as (directory, manifest):
             for name, entry in manifest.trees.items():
                 try:
-                    read_tree(directory, name, entry)
+                    read_tree(directory, name, entry, from_disk=from_disk)
                 except (ValueError, OSError) as error:
                     problems.append(describe(error))
     except CheckpointError as error:
@@ -235,59 +234,6 @@ def latest_checkpoint(root: Path | str, *, log: Callable[[str], None]) -> Path |
                 log(f"NO CHECKPOINT in {str(root)!r} verifies ({len(paths)} damaged)")
             return None
     raise CheckpointError(f"{str(root)!r} kept changing; is another process writing there?")
-
-
-def prune_checkpoints(root: Path | str, *, keep_last: int, keep_best: int,
-                      protect: Iterable[Path | str] = ()) -> list[Path]:
-    """Removes old checkpoints and returns their paths.
-
-    Kept: the last `keep_last` (0: all), the `keep_best` of lowest finite metadata["val_loss"] (the later of equals),
-    those in `protect`, and the newest of finite val_loss if a newer one's is NaN or infinite. Directories without a
-    readable manifest are neither counted nor removed. Nothing is removed unless the newest verifies, re-read from the
-    disk; if it does not, a RuntimeWarning says so.
-    """
-    if keep_last < 0 or keep_best < 0:
-        raise ValueError(f"keep_last is {keep_last}, keep_best {keep_best}; neither may be negative (keep_last 0: all)")
-    paths = list_checkpoints(root)
-    if keep_last == 0 or not paths:
-        return []
-    problems = verify_checkpoint(paths[-1])
-    if problems:
-        warnings.warn(f"nothing is pruned: the newest checkpoint {str(paths[-1])!r} is damaged: {'; '.join(problems)}",
-                      RuntimeWarning, stacklevel=2)
-        return []
-    losses = _val_losses(paths)
-    kept = _kept(losses, keep_last, keep_best)
-    shielded = {Path(path).resolve() for path in protect}
-    removed = []
-    for path in losses:
-        if path not in kept and path.resolve() not in shielded:
-            with _serialized(Path(root)), contextlib.suppress(FileNotFoundError):
-                retire(path)
-                removed.append(path)
-    return removed
-
-
-def _kept(losses: Mapping[Path, float | None], keep_last: int, keep_best: int) -> set[Path]:
-    """The retention rule on val_loss (None: not measured) by path, oldest first."""
-    finite = [(loss, -age, path) for age, (path, loss) in enumerate(losses.items()) if loss is not None
-              and math.isfinite(loss)]
-    kept = {*list(losses)[-keep_last:], *(path for _, _, path in sorted(finite)[:keep_best])}
-    if finite:
-        _, age, newest_finite = finite[-1]
-        if any(loss is not None for loss in list(losses.values())[1 - age:]):  # measured since, and none was finite
-            kept.add(newest_finite)
-    return kept
-
-
-def _val_losses(paths: Iterable[Path]) -> dict[Path, float | None]:
-    losses: dict[Path, float | None] = {}
-    for path in paths:
-        with contextlib.suppress(CheckpointError):
-            value = read_manifest(path).metadata.get("val_loss")
-            measured = isinstance(value, (int, float)) and not isinstance(value, bool)
-            losses[path] = float(value) if measured else None  # type: ignore[arg-type]
-    return losses
 
 
 @contextlib.contextmanager
@@ -340,22 +286,13 @@ def _collect(root: Path) -> None:
     for backup in list_checkpoints(root):
         final = backup.with_name(backup.name[:-1])
         if backup.name.endswith("~"):
-            with _serialized(root), contextlib.suppress(FileNotFoundError):
+            with serialized(root), contextlib.suppress(FileNotFoundError):
                 if not verify_checkpoint(final):
                     retire(backup)
                 elif not verify_checkpoint(backup):
                     if os.path.lexists(final):
                         retire(final)
                     os.rename(backup, final)
-
-
-@contextlib.contextmanager
-def _serialized(root: Path) -> Iterator[None]:
-    """Renames of one step by two processes must not interleave; where the file system has no locks, they might."""
-    with open_directory(root, follow=True) as descriptor:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
 
 
 def _identity(path: Path) -> int | None:

@@ -109,11 +109,7 @@ class Train:
         except ValueError as reason:
             report["plot"] = f"none: {reason}"
         print_report(f"{result.status} after {result.step} steps", list(report.items()))
-        if result.status != "interrupted":
-            return 0
-        return 128 + next(
-            (int(number) for number in signal.Signals if result.reason.startswith(number.name)), int(signal.SIGINT)
-        )
+        return result.exit_code
 
 
 @dataclass(frozen=True, kw_only=True)

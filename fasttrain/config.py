@@ -94,6 +94,10 @@ class TrainConfig:
     """Newest checkpoints to keep (0: all)."""
     keep_best: int = 1
     """Checkpoints of lowest validation loss to keep besides."""
+    keep_every_steps: int = 0
+    """Keep besides every checkpoint whose step is a multiple of this (0: none)."""
+    max_save_failures: int = 0
+    """Stop after this many saves in a row that the disk refused (0: never; training goes on, loudly)."""
     nonfinite: NonfinitePolicy = "skip"
     """What a non-finite loss or gradient does: skip that update, or stop the run. Weights are never touched."""
     preflight: bool = True
@@ -109,7 +113,7 @@ class TrainConfig:
         _check_types(self)
         for name in ("max_steps", "max_epochs", "max_tokens", "max_seconds", "global_batch_size", "max_grad_norm",
                      "lr", "min_lr", "warmup_steps", "weight_decay", "eval_every_steps", "eval_max_batches",
-                     "save_every_steps", "keep_last", "keep_best", "seed"):
+                     "save_every_steps", "keep_last", "keep_best", "keep_every_steps", "max_save_failures", "seed"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("grad_accum_steps", "log_every_steps"):
             _require(self, name, getattr(self, name) >= 1, "must be at least 1")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .losses import IGNORE, LossFunction, call_model, flat_logits, split_batch
 from .ops import cross_entropy
-from .utils import device_of, preserve_rng, seed_all
+from .utils import Interrupted, device_of, preserve_rng, seed_all
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,18 @@ class EvalResult:
     """Targets counted."""
 
 
-class EvaluationInterrupted(Exception):
+_END: Any = object()
+
+
+class EvaluationInterrupted(Interrupted):
     """A signal came during an evaluation; there is no result."""
 
 
 def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFunction | None = None, max_batches: int = 0,
              device: torch.device | str | None = None,
              autocast: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
-             bytes_per_token: float | None = None, interrupted: Callable[[], bool] | None = None) -> EvalResult:
+             bytes_per_token: float | None = None, interrupted: Callable[[], bool] | None = None,
+             waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext) -> EvalResult:
     """Scores `model` on every batch of `dataloader` (the first `max_batches` if positive).
 
     Args:
@@ -53,6 +57,7 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
         autocast: a function that returns the context for the forward pass.
         bytes_per_token: for bits_per_byte (default: `dataloader.dataset.bytes_per_token`, if there is one).
         interrupted: asked after each batch; true raises EvaluationInterrupted.
+        waiting: a context around each wait for a batch, such as `Interruption.breakable`.
 
     A loader with `from_start()` is read from there, one with `set_epoch` from epoch 0, and one that shuffles draws
     from a fixed seed, so two evaluations see the same batches.
@@ -67,7 +72,12 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
         seed_all(0)
         batches = 0
         with _from_start(dataloader) as source:
-            for batch in source:
+            iterator = iter(source)
+            while True:
+                with waiting():
+                    batch = next(iterator, _END)
+                if batch is _END:
+                    break
                 with context():
                     sums.add(model, to_device(batch, place), loss_fn)
                 batches += 1

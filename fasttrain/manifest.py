@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 from fasttrain.trees import JSON, Tree, dump_json, flatten_tree, is_tensor_name, parse_json, unflatten_tree
 
-FORMAT, VERSION = "fasttrain-checkpoint", 1
+FORMAT, VERSION = "fasttrain-checkpoint", 2
 MANIFEST_NAME = "manifest.json"
 MAX_STEP = 10**15 - 1
 
 _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
 _TREE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _STEP_NAME = re.compile(r"step-(\d{8,15})(~?)", re.ASCII)
 _SEALED = re.compile(rb'\{"sha256":"([0-9a-f]{64})","manifest":(\{.*\})\}\n', re.DOTALL)
@@ -35,11 +36,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in a safetensors file: dtype in that format's spelling, shape, SHA-256 (hex) of its bytes."""
+    """One tensor in a safetensors file: dtype in that format's spelling, shape, CRC-32 (hex) of its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    crc32: str
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _tree_to_json(name: str, entry: TreeEntry) -> JSON:
         files[tensor_file(name)] = entry.tensor_file
     return {
         "files": {file: {"size": item.size, "sha256": item.sha256} for file, item in files.items()},
-        "tensors": {key: [item.dtype, list(item.shape), item.sha256] for key, item in entry.tensors.items()},
+        "tensors": {key: [item.dtype, list(item.shape), item.crc32] for key, item in entry.tensors.items()},
     }
 
 
@@ -160,8 +161,9 @@ def _file_from_json(name: str, entry: JSON) -> FileEntry:
 
 def _tensor_from_json(name: str, entry: JSON) -> TensorEntry:
     good = (is_tensor_name(name) and isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)
-            and isinstance(entry[1], list) and all(map(_is_size, entry[1])) and _is_hash(entry[2]))
-    _need(good, f"tensor {name[:80]!r}", entry, "[dtype, shape, sha256] under a tensor's name")
+            and isinstance(entry[1], list) and all(map(_is_size, entry[1]))
+            and isinstance(entry[2], str) and _CRC.fullmatch(entry[2]) is not None)
+    _need(good, f"tensor {name[:80]!r}", entry, "[dtype, shape, crc32] under a tensor's name")
     return TensorEntry(entry[0], tuple(entry[1]), entry[2])
 
 

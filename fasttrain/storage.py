@@ -15,13 +15,16 @@ import functools
 import hashlib
 import os
 import platform
+import queue
 import re
 import secrets
 import shutil
 import stat
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 CHUNK = 4 * 2**20  # bytes hashed and written at a time
@@ -113,24 +116,69 @@ def hash_range(descriptor: int, start: int, end: int) -> str:
     return digest.hexdigest()
 
 
+def crc_range(descriptor: int, start: int, end: int) -> str:
+    """CRC-32 (8 hex digits) of the bytes [start, end), or of those that exist."""
+    value = 0
+    for chunk in _chunks(descriptor, start, end):
+        value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
 def write_file(directory: int, name: str, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Creates `name` in `directory`, writes the pieces, and fsyncs. Returns (size in bytes, SHA-256 in hex)."""
+    """Creates `name` in `directory`, writes the pieces, and fsyncs. Returns (size in bytes, SHA-256 in hex).
+
+    The digest is taken of the very bytes that are handed to the kernel, by a second thread meanwhile: hashing and
+    writing cost about the same, and neither holds the interpreter's lock.
+    """
     digest, size = hashlib.sha256(), 0
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(name, flags, 0o666, dir_fd=directory)
     try:
-        for piece in pieces:
-            view = memoryview(piece)
-            for start in range(0, len(view), CHUNK):
-                chunk = view[start:start + CHUNK]
-                digest.update(chunk)
-                size += len(chunk)
-                while chunk:  # a write may be short, on a full disk or a signal
-                    chunk = chunk[os.write(descriptor, chunk):]
-        os.fsync(descriptor)
+        with _Behind(digest.update) as hasher:
+            for piece in pieces:
+                view = memoryview(piece)
+                for start in range(0, len(view), CHUNK):
+                    chunk = view[start:start + CHUNK]
+                    hasher.give(chunk)
+                    size += len(chunk)
+                    while chunk:  # a write may be short, on a full disk or a signal
+                        chunk = chunk[os.write(descriptor, chunk):]
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return size, digest.hexdigest()
+
+
+class _Behind:
+    """Calls `work(chunk)` for each chunk given, in order: small ones at once, large ones on a thread of its own."""
+
+    SMALL = 2**18  # bytes; below it a thread costs more than it saves
+
+    def __init__(self, work: Callable[[memoryview], object]) -> None:
+        self._work = work
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(4)
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def give(self, chunk: memoryview) -> None:
+        if self._thread is None:
+            if len(chunk) < self.SMALL:
+                self._work(chunk)
+                return
+            self._thread = threading.Thread(target=self._run, name="fasttrain-hash", daemon=True)
+            self._thread.start()
+        self._queue.put(chunk)
+
+    def _run(self) -> None:
+        while (chunk := self._queue.get()) is not None:
+            self._work(chunk)
+
+    def __exit__(self, *error: object) -> None:
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
 
 
 def make_directory(path: Path) -> None:
@@ -239,6 +287,20 @@ def lock_directory(root: Path | str) -> Iterator[None]:
         if descriptor in _held:  # not in a child of fork, which has closed it
             _held.remove(descriptor)
             os.close(descriptor)  # the file stays: removing it would let two processes lock two files of one name
+
+
+@contextlib.contextmanager
+def serialized(root: Path) -> Iterator[None]:
+    """Renames of one step by two processes must not interleave; where the file system has no locks, they might."""
+    with open_directory(root, follow=True) as descriptor:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                # Closing is not enough: a DataLoader worker forked meanwhile holds the same lock for an epoch.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 @functools.cache

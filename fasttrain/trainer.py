@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +28,24 @@ from .checkpointing import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    prune_checkpoints,
     read_manifest,
-    save_checkpoint,
 )
-from .config import TrainConfig, load_config, to_dict
+from .config import TrainConfig, load_config
 from .evaluation import EvalResult, evaluate
 from .generation import generate
 from .losses import LossFunction, batch_loss, check_is_causal
 from .optimizations import Optimization, apply_optimizations
 from .preflight import PreflightReport, preflight
 from .progress import Progress, print_report, time_report
+from .result import TrainResult
+from .saver import CheckpointSaver
 from .schedules import build_scheduler
 from .state import TrainState, load_model
 from .storage import lock_directory
-from .tokenization import tokenizer_from_dict, tokenizer_to_dict
-from .training_loop import Parts, fit, settle
+from .tokenization import tokenizer_from_dict
+from .training_loop import Parts, fit, limit_reached, settle
 from .utils import Interruption, PhaseClock, format_duration, seed_all, unwrap
 from .verification import Verification, verify_batch_math, verify_resume
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    status: str
-    """completed, stopped (a callback or a non-finite step asked for it) or interrupted (a signal)."""
-    step: int
-    """Optimizer steps taken, of this and all earlier sessions."""
-    tokens_seen: int
-    """Target tokens trained on."""
-    train_loss: float
-    """Mean training loss of the latest log interval, nats per target; NaN before the first."""
-    val_loss: float | None
-    """Latest validation loss, or None without validation data."""
-    best_val_loss: float | None
-    """Lowest validation loss."""
-    checkpoint: Path | None
-    """Newest checkpoint of this run."""
-    nonfinite_steps: int
-    """Steps whose update was skipped because loss or gradient were not finite."""
-    seconds: float
-    """Wall-clock time of this session."""
-    time_by_phase: dict[str, float]
-    """Where it went, in seconds: startup, data, forward_backward, optimizer, eval, save, log, other; adds up."""
-    reason: str
-    """Why it ended, in words."""
 
 
 class Trainer:
@@ -121,6 +93,7 @@ class Trainer:
         self.state: TrainState | None = None
         """Built at the first need; None until then."""
         self._checkpoint: Path | None = None
+        self._saver: CheckpointSaver | None = None
         Hooks(self.callbacks)  # refuses what is no callback now rather than in train()
 
     def train(self, resume: str | Path | bool | None = "auto") -> TrainResult:
@@ -145,6 +118,8 @@ class Trainer:
             if self.config.deterministic:
                 stack.enter_context(assembly.deterministic_algorithms())
             state = self._ready_state(resume)
+            state.stream.waiting = interruption.breakable
+            stack.callback(setattr, state.stream, "waiting", contextlib.nullcontext)
             self._print_startup(state, self.preflight() if self.config.preflight else None)
             clock.mark("startup")
             status = self._run(state, interruption, clock)
@@ -176,7 +151,12 @@ class Trainer:
             raise ValueError("save_checkpoint() saves a training state, and there is none without train_dataloader")
         state = self._built_state()
         settle(state, self._resolved(), Parts())
-        return self._write_checkpoint(state)
+        saver = self._saver or CheckpointSaver(self.checkpoint_dir, self.config, log=self.progress.log)
+        saver.save(state.step, state.capture(), self._metadata(state), wait=True)
+        if saver.newest is None or saver.failures:
+            raise OSError(f"step {state.step} could not be saved in {str(self.checkpoint_dir)!r}: see the warning")
+        self._checkpoint = saver.newest
+        return saver.newest
 
     def load_checkpoint(self, path: str | Path) -> Path:
         """Loads a checkpoint (or the newest good one, if `path` holds several): the whole training state if there
@@ -297,52 +277,55 @@ class Trainer:
         return evaluate(unwrap(self.model), loader, loss_fn=self.loss_fn, device=self.device,
                         autocast=self.amp.autocast,
                         max_batches=self.config.eval_max_batches if max_batches is None else max_batches,
-                        interrupted=None if interruption is None else interruption.__bool__)
+                        interrupted=None if interruption is None else interruption.__bool__,
+                        waiting=contextlib.nullcontext if interruption is None else interruption.breakable)
 
     def _run(self, state: TrainState, interruption: Interruption, clock: PhaseClock) -> str:
         config = self._resolved()
         own = [] if any(isinstance(callback, JsonlLogger) for callback in self.callbacks) else [JsonlLogger()]
-        hooks = Hooks([*self.callbacks, *own, self.progress], log=self.progress.log)
+        saver = None if self.checkpoint_dir is None else CheckpointSaver(
+            self.checkpoint_dir, self.config, log=self.progress.log)
+        self._saver = saver
+        hooks = Hooks([*self.callbacks, *own, *([saver] if saver else []), self.progress], log=self.progress.log)
+
+        def saved(path: Path) -> None:
+            self._checkpoint = path
+            hooks.fire("on_save", state, path)
 
         def save() -> None:
-            try:
-                path = self._write_checkpoint(state)
-            except OSError as error:
-                self.progress.log(f"WARNING: step {state.step} could not be saved, training goes on: {error}")
-                return
-            hooks.fire("on_save", state, path)
+            assert saver is not None
+            last = bool(interruption or state.stop_reason or state.stream.end_reason) or limit_reached(
+                state, config, clock)  # nothing trains on meanwhile: no copy is needed
+            saver.save(state.step, state.capture(), self._metadata(state), wait=last)
 
         parts = dataclasses.replace(
             self._parts(), hooks=hooks, clock=clock,
             evaluate=None if self.val_dataloader is None else lambda: self._evaluate(None, interruption),
-            save=None if self.checkpoint_dir is None else save, interrupted=interruption.__bool__)
+            save=None if saver is None else save, interrupted=interruption.__bool__)
         continued = self.resumed_from is not None or state.step > 0 or state.window.micro_step > 0
         run = Run(config, self.checkpoint_dir, state.step if continued else None,
                   assembly.planned_steps(config, self.train_dataloader or ()), self.progress.log,
-                  None if self.tokenizer is None else self.generate_text)
+                  None if self.tokenizer is None else assembly.breakable_generation(
+                      unwrap(self.model), self.tokenizer, interruption))
         hooks.fire("on_train_start", state, run)
         try:
+            if saver is not None:
+                saver.on_saved = saved
             status = fit(state, config, parts)
+            if saver is not None:
+                saver.collect(wait=True)
         except BaseException as error:
+            if saver is not None and not isinstance(error, KeyboardInterrupt):  # a second signal leaves at once
+                saver.finish_quietly()
             hooks.fire("on_exception", state, error)
             raise
+        finally:
+            self._saver = None
         hooks.fire("on_train_end", state, status)
         return status
 
-    def _write_checkpoint(self, state: TrainState) -> Path:
-        assert self.checkpoint_dir is not None
-        counters, module = state.counters, unwrap(self.model)
-        measured = counters.last_eval_step == state.step and not state.window.micro_step
-        metadata = {
-            "config": to_dict(self.config), "model_class": type(module).__name__,
-            "model_config": assembly.model_config_of(module), "precision": str(self.amp.dtype),
-            "tokenizer": None if self.tokenizer is None else tokenizer_to_dict(self.tokenizer),
-            "val_loss": counters.last_val_loss if measured else None, "tokens_seen": counters.tokens_seen,
-        }
-        path = save_checkpoint(self.checkpoint_dir, state.step, state.capture(), metadata=metadata)
-        self._checkpoint = path
-        prune_checkpoints(self.checkpoint_dir, keep_last=self.config.keep_last, keep_best=self.config.keep_best)
-        return path
+    def _metadata(self, state: TrainState) -> dict[str, Any]:
+        return assembly.checkpoint_metadata(state, self.config, self.amp.dtype, self.tokenizer)
 
     def _print_startup(self, state: TrainState, checked: PreflightReport | None) -> None:
         config, loader = self._resolved(), self.train_dataloader or ()
@@ -362,10 +345,14 @@ class Trainer:
 
     def _finish(self, state: TrainState, status: str, interruption: Interruption, clock: PhaseClock) -> TrainResult:
         counters, seconds = state.counters, sum(clock.seconds.values())
+        served: list[tuple[str, str]] = []
         reason = state.stop_reason or state.stream.end_reason or "the limit of the config was reached"
         if status == "interrupted":
             reason = f"{interruption.requested}; run the same command again to continue"
+            served = [("signal", f"{interruption.requested}, {'checkpoint durable' if self._checkpoint else 'left'} "
+                                 f"{format_duration(interruption.seconds)} later")]
         print_report(f"{status} at step {state.step}: {reason}", [
+            *served,
             ("time", format_duration(seconds)), *time_report(clock.seconds),
             ("checkpoint", str(self._checkpoint or "none"))], self.progress.stream)
         evaluated = counters.last_eval_step >= 0
@@ -373,4 +360,5 @@ class Trainer:
             status=status, step=state.step, tokens_seen=counters.tokens_seen, train_loss=counters.train_loss,
             val_loss=counters.last_val_loss if evaluated else None,
             best_val_loss=counters.best_val_loss if evaluated else None, checkpoint=self._checkpoint,
-            nonfinite_steps=counters.nonfinite_steps, seconds=seconds, time_by_phase=dict(clock.seconds), reason=reason)
+            nonfinite_steps=counters.nonfinite_steps, seconds=seconds, time_by_phase=dict(clock.seconds), reason=reason,
+            exit_code=128 + getattr(signal, interruption.requested) if status == "interrupted" else 0)

@@ -25,11 +25,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from .batch_stream import BatchStream
 from .callbacks import Hooks
 from .config import TrainConfig
-from .evaluation import EvalResult, EvaluationInterrupted, to_device
+from .evaluation import EvalResult, to_device
 from .losses import LossFunction, batch_loss
 from .ops.adamw import AdamW, global_norm
 from .state import Pending, TrainState
-from .utils import PhaseClock, device_of, on_host, read_scalar
+from .utils import Interrupted, PhaseClock, device_of, on_host, read_scalar
 
 __all__ = ["BatchStream", "Parts", "TrainState", "fit", "train_step"]
 
@@ -108,7 +108,7 @@ def train_step(state: TrainState, config: TrainConfig, parts: Parts) -> bool:
         clock.mark("other")
         batch = state.stream.next_batch()
         if batch is None:
-            if window.micro_step == 0:
+            if window.micro_step == 0 or parts.interrupted():
                 return False
             break  # the data end inside a window: a shorter step, exact because targets are counted
         batch = to_device(batch, device)
@@ -249,7 +249,7 @@ def run_evaluation(state: TrainState, config: TrainConfig, parts: Parts, evaluat
     parts.clock.mark("other")
     try:
         result = evaluate()
-    except EvaluationInterrupted:
+    except Interrupted:
         return False
     parts.clock.mark("eval")
     counters = state.counters

@@ -9,21 +9,51 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
+import zlib
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
 from fasttrain.manifest import FileEntry, TensorEntry, TreeEntry, structure_file, tensor_file
-from fasttrain.storage import hash_range, open_regular, read_all, write_file
+from fasttrain.storage import crc_range, hash_range, open_regular, read_all, write_file
 from fasttrain.tensorfile import TensorSpec, header_length, layout, map_tensors, parse_header, tensor_bytes
 from fasttrain.trees import MAX_JSON_BYTES, Tree, parse_json, unflatten_tree
+
+PARALLEL_BYTES = 8 * 2**20
+
+
+def write_trees(directory: int, trees: Mapping[str, tuple[bytes, Mapping[str, Tensor]]]) -> dict[str, TreeEntry]:
+    """`write_tree` for each; from `PARALLEL_BYTES` on all at once, since one core hashes slower than a disk writes."""
+    size = sum(tensor.nbytes for _, tensors in trees.values() for tensor in tensors.values())
+    if size < PARALLEL_BYTES or len(trees) == 1:
+        return {name: write_tree(directory, name, *parts) for name, parts in trees.items()}
+    entries: dict[str, TreeEntry] = {}
+    errors: list[BaseException] = []
+
+    def write(name: str) -> None:
+        try:
+            entries[name] = write_tree(directory, name, *trees[name])
+        except BaseException as error:  # not swallowed: raised below
+            errors.append(error)
+
+    # Daemons, and no executor: a process that is told to leave at once must not wait for them.
+    threads = [threading.Thread(target=write, args=(name,), name=f"fasttrain-write-{name}", daemon=True)
+               for name in trees]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return {name: entries[name] for name in trees}
 
 
 def write_tree(directory: int, name: str, text: bytes, tensors: Mapping[str, Tensor]) -> TreeEntry:
     """Writes and fsyncs the files of tree `name` in `directory`; returns their entry for the manifest.
 
-    Each tensor's bytes are hashed twice, for its own hash and the file's: the first tells which tensor is damaged, the
-    second is what loading checks (and `sha256sum` prints).
+    The file's SHA-256 is what loading checks (and `sha256sum` prints). Each tensor's CRC-32 only tells which one is
+    damaged, or differs from another checkpoint's, and costs a third of a second SHA-256.
     """
     structure = FileEntry(*write_file(directory, structure_file(name), [text]))
     if not tensors:
@@ -35,13 +65,13 @@ def write_tree(directory: int, name: str, text: bytes, tensors: Mapping[str, Ten
         yield header
         for key, spec in specs.items():  # one tensor at a time: a copy to the CPU lives no longer than its write
             view = tensor_bytes(tensors[key])
-            entries[key] = TensorEntry(spec.dtype, spec.shape, hashlib.sha256(view).hexdigest())
+            entries[key] = TensorEntry(spec.dtype, spec.shape, f"{zlib.crc32(view):08x}")
             yield view
 
     return TreeEntry(structure, FileEntry(*write_file(directory, tensor_file(name), pieces())), entries)
 
 
-def read_tree(directory: int, name: str, entry: TreeEntry) -> Tree:
+def read_tree(directory: int, name: str, entry: TreeEntry, *, from_disk: bool = False) -> Tree:
     """The tree `name` once its files are those that `entry` describes; ValueError or OSError says which is not.
 
     Hashing, header and mapping use one descriptor, so the file that was verified is the file that is used.
@@ -58,6 +88,8 @@ def read_tree(directory: int, name: str, entry: TreeEntry) -> Tree:
     file = tensor_file(name)
     with naming_file(file), open_regular(directory, file) as descriptor:
         _check_size(descriptor, entry.tensor_file)
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         if hash_range(descriptor, 0, entry.tensor_file.size) != entry.tensor_file.sha256:
             raise ValueError(f"its SHA-256 is not the manifest's; {_locate_damage(descriptor, entry)}")
         specs = _read_header(descriptor, entry.tensor_file.size)
@@ -79,7 +111,7 @@ def _locate_damage(descriptor: int, entry: TreeEntry) -> str:
     except ValueError as error:
         return str(error)
     bad = [key for key, spec in specs.items()
-           if key not in entry.tensors or hash_range(descriptor, spec.start, spec.end) != entry.tensors[key].sha256]
+           if key not in entry.tensors or crc_range(descriptor, spec.start, spec.end) != entry.tensors[key].crc32]
     return f"damaged: tensor {', '.join(map(repr, bad[:5]))} ({len(bad)} in all)" if bad else "damaged: its header"
 
 

@@ -99,27 +99,41 @@ class PhaseClock:
         return time.perf_counter() - self._start
 
 
-class Interruption:
-    """A flag that SIGTERM and SIGINT set; `watch()` installs the handlers and puts the old ones back.
+class Interrupted(Exception):
+    """A signal cut off a wait or a side task (evaluation, generation); what it was doing counts for nothing."""
 
-    The handler does nothing else: saving inside one could find the optimizer half-way through an update. A second
-    signal raises KeyboardInterrupt at once. Outside the main thread Python allows no handlers: then nothing is
-    installed and signals act as before.
+
+class Interruption:
+    """A flag that SIGTERM, SIGINT and SIGUSR1 set; `watch()` installs the handlers and puts the old ones back.
+
+    The handler does nothing else: saving inside one could find the optimizer half-way through an update. Only inside
+    `breakable()`, around waits in which nothing is half-done, it ends the wait as well. A second signal raises
+    KeyboardInterrupt at once. Outside the main thread Python allows no handlers: then signals act as before.
     """
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.requested = ""
         """Name of the signal that came, empty before."""
+        self.at = 0.0
+        """When, on time.monotonic's clock."""
+        self._breakable = False
 
     def __bool__(self) -> bool:
         return bool(self.requested)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the signal."""
+        return time.monotonic() - self.at
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in self.SIGNALS}
         for number in before:
             signal.signal(number, self._note)
         try:
@@ -128,10 +142,23 @@ class Interruption:
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
+    @contextlib.contextmanager
+    def breakable(self) -> Iterator[None]:
+        """Raises Interrupted in the block as soon as a signal comes, or at once if one has come."""
+        try:
+            self._breakable = True
+            if self.requested:
+                raise Interrupted(self.requested)
+            yield
+        finally:
+            self._breakable = False
+
     def _note(self, number: int, frame: Any) -> None:
         if self.requested:
             raise KeyboardInterrupt(f"{signal.Signals(number).name} after {self.requested}")
-        self.requested = signal.Signals(number).name
+        self.requested, self.at = signal.Signals(number).name, time.monotonic()
+        if self._breakable:
+            raise Interrupted(self.requested)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -175,6 +202,15 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that can be allocated without swapping; None where the platform does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def format_count(n: float) -> str:

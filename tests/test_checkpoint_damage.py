@@ -35,11 +35,11 @@ from fasttrain.checkpointing import (
     list_checkpoints,
     load_checkpoint,
     load_into,
-    prune_checkpoints,
     read_manifest,
     save_checkpoint,
     verify_checkpoint,
 )
+from fasttrain.retention import prune_checkpoints
 from fasttrain.storage import collect_orphans
 from fasttrain.trees import parse_json
 
@@ -568,7 +568,7 @@ HOSTILE_MANIFESTS: dict[str, Damage] = {
     "second line": lambda path: (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes() + b"x\n"),
     "upper-case hash": lambda path: (path / "manifest.json").write_bytes(
         (data := (path / "manifest.json").read_bytes())[:11] + data[11:75].upper() + data[75:]),
-    "newer version": manifest_edit(lambda body: body.__setitem__("version", 2)),
+    "newer version": manifest_edit(lambda body: body.__setitem__("version", 3)),
     "version is true": manifest_edit(lambda body: body.__setitem__("version", "1")),
     "other format": manifest_edit(lambda body: body.__setitem__("format", "pickle")),
     "extra key": manifest_edit(lambda body: body.__setitem__("loader", "os.system")),
@@ -596,13 +596,13 @@ HOSTILE_MANIFESTS: dict[str, Damage] = {
     "hash is a number": loop_files({"loop.json": {"size": 1, "sha256": 0}}),
     "short hash": loop_files({"loop.json": {"size": 1, "sha256": "0"}}),
     "tensors without a file": manifest_edit(lambda body: body["trees"]["loop"].__setitem__(
-        "tensors", {"w": ["F32", [1], "0" * 64]})),
+        "tensors", {"w": ["F32", [1], "0" * 8]})),
     "a file without tensors": manifest_edit(lambda body: body["trees"]["model"].__setitem__("tensors", {})),
     "tensor entry is a table": manifest_edit(lambda body: body["trees"]["model"]["tensors"].__setitem__("w", {})),
     "tensor with a path": manifest_edit(lambda body: body["trees"]["model"]["tensors"].__setitem__(
         "../w", body["trees"]["model"]["tensors"].pop("w"))),
     "tensor of text sizes": manifest_edit(lambda body: body["trees"]["model"]["tensors"].__setitem__(
-        "w", ["F32", ["40"], "0" * 64])),
+        "w", ["F32", ["40"], "0" * 8])),
 }
 HOSTILE: dict[str, Damage] = {
     **{f"header: {name}": lambda path, data=data: forge(path, "model.safetensors", data)

@@ -297,7 +297,7 @@ def test_a_failing_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.Capt
     def full(*args: Any, **kwargs: Any) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fasttrain.trainer.save_checkpoint", full)
+    monkeypatch.setattr("fasttrain.saver.write_snapshot", full)
     result = tiny_trainer(tmp_path, save_every_steps=2).train()
     assert (result.status, result.step, result.checkpoint) == ("completed", 6, None)
     assert capsys.readouterr().out.count("No space left") == 3
