@@ -52,6 +52,7 @@ class Traffic:
 
     loaded: Counter[str] = field(default_factory=Counter)
     stored: Counter[str] = field(default_factory=Counter)
+    by_kernel: Counter[str] = field(default_factory=Counter)
     launches: list[str] = field(default_factory=list)
 
     @property
@@ -153,6 +154,7 @@ def count_bytes(reachable: Mapping[str, Sequence[torch.Tensor]] = {}) -> Iterato
             )
         for counter in effects:
             counter[owner.name] += addresses.size * owner.itemsize
+            traffic.by_kernel[traffic.launches[-1]] += addresses.size * owner.itemsize
         if tracked:
             x, y, z = self.grid_idx
             owner.touch(tracked, offsets, x + self.grid_dim[0] * (y + self.grid_dim[1] * z))
@@ -430,8 +432,9 @@ def _read_amdgcn(assembly: str) -> tuple[int, int, list[_Instruction]]:
 
 # ---- the model -----------------------------------------------------------------------------------------------------
 
-H100 = {"memory": 3.35e12, "issue": 132 * 128 * 1.7e9, "special": 132 * 16 * 1.7e9}
-"""Bytes, thread-instructions and special-function results per second (132 multiprocessors at 1.7 GHz)."""
+H100 = {"memory": 3.35e12, "cache": 5.5e12, "issue": 132 * 128 * 1.7e9, "special": 132 * 16 * 1.7e9, "matrix": 989e12}
+"""Bytes from memory and from the L2 cache, thread-instructions, special-function results (132 multiprocessors at 1.7
+GHz) and dense 16-bit operations per second."""
 
 
 @functools.lru_cache
@@ -439,14 +442,17 @@ def _binding(seconds: tuple[tuple[str, float], ...]) -> tuple[float, str]:
     return max((value, name) for name, value in seconds)
 
 
-def modelled_time(num_bytes: float, num_elements: float, compiled: Compiled) -> tuple[float, str]:
-    """A lower bound in seconds on an H100 and what sets it ("memory", "issue" or "special"): a model, no measurement.
+def modelled_time(
+    num_bytes: float, num_elements: float, compiled: Compiled, *, from_cache: bool = False, operations: float = 0.0
+) -> tuple[float, str]:
+    """A lower bound in seconds on an H100 and what sets it: a model, no measurement.
 
-    It assumes that the three overlap perfectly and that enough bytes are in flight.
+    It assumes that all overlap perfectly and that enough bytes are in flight. `from_cache`: the bytes come from L2.
     """
     return _binding(
         (
-            ("memory", num_bytes / H100["memory"]),
+            ("cache" if from_cache else "memory", num_bytes / H100["cache" if from_cache else "memory"]),
+            ("matrix", operations / H100["matrix"]),
             ("issue", num_elements * compiled.instructions_per_element / H100["issue"]),
             ("special", num_elements * compiled.special_per_element / H100["special"]),
         )

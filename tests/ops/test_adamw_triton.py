@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from triton_gate import DEVICES, H100, Compiled, compile_for, run_interpreted
+from triton_gate import DEVICES, H100, run_interpreted
 
+from bench.gate_subjects import compile_norm, compile_update
 from fasttrain.kernels import adamw as kernels
 
 TARGETS = list(DEVICES)
@@ -25,45 +26,10 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
-def compiled_update(
-    param: str,
-    moment: str,
-    target: str,
-    *,
-    ema: bool = False,
-    zero: bool = False,
-    master: bool = False,
-    aligned: bool = True,
-) -> Compiled:
-    import triton.language as tl
-
-    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "int8": tl.uint8}
-    signature = {"table": "*i64", "factors": "*fp32", "blocks": "*i64", "multiplier": "*fp32", "skip": "*fp32"}
-    constexprs: dict[str, Any] = {
-        "BLOCK": kernels.block_of(DTYPES[moment]),
-        "TYPE": types[param],
-        "MOMENT": types[moment],
-        "ALIGNED": aligned,
-        "WITH_EMA": ema,
-        "MASTER": master,
-        "ZERO": zero,
-        "SOFTWARE_BF16": False,
-    }
-    return compile_for(
-        kernels._update_kernel,
-        signature,
-        constexprs,
-        target,
-        element_size=1,  # instructions per byte loaded
-        num_warps=kernels.NUM_WARPS,
-        fp_fusion=False,
-    )
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("param", "moment"), VARIANTS)
 def test_the_update_has_no_spills_and_only_wide_accesses(param: str, moment: str, target: str) -> None:
-    compiled = compiled_update(param, moment, target)
+    compiled = compile_update(param, moment, target)
     assert compiled.spills == compiled.local_bytes == compiled.num_float_atomics == 0
     num_wide = 2 * sum(DTYPES[dtype].itemsize for dtype in (param, moment, moment)) + DTYPES[param].itemsize
     num_narrow = 4 if moment == "int8" else 0  # the scales of the codes, one for 256 elements
@@ -83,23 +49,13 @@ def test_the_update_has_no_spills_and_only_wide_accesses(param: str, moment: str
     ids=str,
 )
 def test_its_other_forms_do_not_spill_either(options: dict[str, Any]) -> None:
-    compiled = compiled_update(target="sm_90", **options)
+    compiled = compile_update(target="sm_90", **options)
     assert compiled.spills == compiled.local_bytes == 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_norm_has_no_spills_and_only_wide_accesses(target: str) -> None:
-    import triton.language as tl
-
-    signature = {"table": "*i64", "blocks": "*i64", "sums": "*fp32"}
-    compiled = compile_for(
-        kernels._norm_kernel,
-        signature,
-        {"BLOCK": kernels.BLOCK, "TYPE": tl.float32, "ALIGNED": True},
-        target,
-        element_size=4,
-        num_warps=kernels.NUM_WARPS,
-    )
+    compiled = compile_norm(target, aligned=True)
     assert compiled.spills == compiled.local_bytes == compiled.num_float_atomics == 0
     assert compiled.wide_share >= 0.95
 
@@ -111,9 +67,8 @@ def test_instructions_leave_memory_the_bottleneck() -> None:
         sizes = [DTYPES[dtype].itemsize for dtype in (param, param, moment, moment)]  # p, g, m, v
         num_bytes = sum(sizes) + sum(sizes) - sizes[1]
         budget = num_bytes / H100["memory"] * H100["issue"] * (1.5 if (param, moment) == ("bf16", "int8") else 1.0)
-        compiled = compiled_update(param, moment, "sm_90")
-        instructions = compiled.instructions_per_element * sum(sizes)
-        assert instructions <= budget, (param, moment, instructions, budget)
+        compiled = compile_update(param, moment, "sm_90")
+        assert compiled.instructions_per_element <= budget, (param, moment, compiled, budget)
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton_gate import DEVICES, H100, run_interpreted
 
-from bench.triton_gate_table import ELEMENT_SIZES, Variant
+from bench.gate_cross_entropy import ELEMENT_SIZES, Variant
 from fasttrain.kernels import cross_entropy as kernels
 
 TARGETS = list(DEVICES)

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from triton_gate import DEVICES, Compiled, compile_for, run_interpreted
+from triton_gate import DEVICES, run_interpreted
 
+from bench.gate_subjects import compile_tile
 from fasttrain.kernels import linear_cross_entropy as kernels
-
-ELEMENT_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,42 +21,6 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
         yield
-
-
-def compile_tile(
-    dtype: str, target: str, *, smoothed: bool = False, softcapped: bool = False, with_bias: bool = False
-) -> Compiled:
-    """The kernel that the launcher would run, with the launcher's own shape."""
-    tile = kernels.tile_shape(ELEMENT_SIZES[dtype])
-    constexprs: dict[str, Any] = {
-        "D": 768,
-        "V": 50304,
-        "ROWS": tile.rows,
-        "CLASSES": tile.classes,
-        "DEPTH": tile.depth,
-        "SMOOTHED": smoothed,
-        "SOFTCAPPED": softcapped,
-        "PRECISION": "tf32",
-        "WIDENED": False,
-    }
-    constexprs |= ({} if with_bias else {"bias": None}) | ({} if smoothed else {"sums": None})
-    signature = {
-        "hidden": f"*{dtype}",
-        "weight": f"*{dtype}",
-        "bias": f"*{dtype}",
-        "targets": "*i64",
-        "maxima": "*fp32",
-        "totals": "*fp32",
-        "sums": "*fp32",
-        "target_logits": "*fp32",
-        "hidden_stride": "i32",
-        "weight_stride": "i32",
-        "num_rows": "i32",
-        "softcap": "fp32",
-    }
-    return compile_for(
-        kernels._tile_kernel, signature, constexprs, target, element_size=ELEMENT_SIZES[dtype], num_warps=tile.num_warps
-    )
 
 
 @pytest.mark.parametrize("target", list(DEVICES))

@@ -7,22 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from triton_gate import DEVICES, Compiled, compile_for, run_interpreted
+from triton_gate import DEVICES, Compiled, run_interpreted
 
+from bench.gate_subjects import NO_LIST, compile_sample
 from fasttrain.kernels import sample as kernels
 
 TARGETS = list(DEVICES)
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-LONG = ("top_ks", "bound_keys", "bound_masses", "min_masses", "group_masses", "list_ranks", "list_masses", "cuts")
-LONG += ("survivor_masses", "seeds", "positions", "tokens")
-SIGNATURE = {
-    "maxima": "*fp32", "largest_logits": "*fp32", "scales": "*fp32", "logprobs": "*fp32", "top_ps": "*fp64",
-    "num_listed": "*i32", "row_stride": "i64", "V": "i32", "G": "i32", **dict.fromkeys(LONG, "*i64"),
-}  # fmt: skip
 ISSUE_BUDGET = {2: 17.0, 4: 34.0}
 """Instructions per logit that an H100 issues in the time in which it reads the logit from memory, by bytes per logit:
 128 lanes * 132 multiprocessors * 1.7 GHz / (3.35 TB/s / bytes)."""
-NO_LIST = dict.fromkeys(("bound_keys", "bound_masses", "num_listed", "list_ranks", "list_masses"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,11 +29,6 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
-def compiled(kernel: Any, dtype: str, target: str, *, num_warps: int = 4, **constexprs: Any) -> Compiled:
-    return compile_for(kernel, SIGNATURE | {"logits": f"*{dtype}"}, constexprs, target, element_size=DTYPES[dtype],
-                       num_warps=num_warps, fp_fusion=False)  # fmt: skip
-
-
 def assert_clean(code: Compiled) -> None:
     assert code.spills == 0 and code.local_bytes == 0
     assert code.num_float_atomics == 0
@@ -47,8 +36,8 @@ def assert_clean(code: Compiled) -> None:
 
 
 def assert_passes_are_clean(groups: int, dtype: str, target: str) -> None:
-    maxima = compiled(kernels._maxima_kernel, dtype, target, GROUPS=groups)
-    masses = compiled(kernels._masses_kernel, dtype, target, GROUPS=groups, FILTERED=False, **NO_LIST)
+    maxima = compile_sample("_maxima_kernel", dtype, target, GROUPS=groups)
+    masses = compile_sample("_masses_kernel", dtype, target, GROUPS=groups, FILTERED=False, **NO_LIST)
     num_loads = groups * 256 * DTYPES[dtype] / (128 * 16)  # by each of 128 threads, if all move 128 bits
     for code in (maxima, masses):
         assert_clean(code)
@@ -63,10 +52,10 @@ def test_the_two_passes_over_the_logits_have_no_spills_and_only_wide_loads(dtype
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_kernels_of_a_filtered_row_have_no_spills(target: str) -> None:
-    assert_clean(compiled(kernels._masses_kernel, "bf16", target, GROUPS=4, FILTERED=True))
-    assert_clean(compiled(kernels._draw_kernel, "bf16", target, PADDED_G=512, FILTERED=True))
-    assert_clean(compiled(kernels._bounds_kernel, "fp32", target, PADDED_G=512, FILTERED=True))
-    cuts = compiled(kernels._cuts_kernel, "fp32", target, PADDED_G=512, BLOCK=1024, num_warps=kernels.CUT_WARPS)
+    assert_clean(compile_sample("_masses_kernel", "bf16", target, GROUPS=4, FILTERED=True))
+    assert_clean(compile_sample("_draw_kernel", "bf16", target, PADDED_G=512, FILTERED=True))
+    assert_clean(compile_sample("_bounds_kernel", "fp32", target, PADDED_G=512, FILTERED=True))
+    cuts = compile_sample("_cuts_kernel", "fp32", target, PADDED_G=512, BLOCK=1024, num_warps=kernels.CUT_WARPS)
     assert cuts.spills == 0 and cuts.local_bytes == 0 and cuts.num_float_atomics == 0
 
 
@@ -78,27 +67,26 @@ def test_machine_code_of_every_variant_is_clean(dtype: str, target: str) -> None
         assert_passes_are_clean(groups, dtype, target)
     for padded in (1, 16, 512, 1024):
         for filtered in (False, True):
-            assert_clean(compiled(kernels._draw_kernel, dtype, target, PADDED_G=padded, FILTERED=filtered))
-    assert_clean(compiled(kernels._masses_kernel, dtype, target, GROUPS=4, FILTERED=True))
+            assert_clean(compile_sample("_draw_kernel", dtype, target, PADDED_G=padded, FILTERED=filtered))
+    assert_clean(compile_sample("_masses_kernel", dtype, target, GROUPS=4, FILTERED=True))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
 def test_instructions_of_the_first_pass_leave_memory_the_bottleneck(dtype: str, size: int) -> None:
-    assert compiled(kernels._maxima_kernel, dtype, "sm_90", GROUPS=16).instructions_per_element <= ISSUE_BUDGET[size]
+    assert compile_sample("_maxima_kernel", dtype, "sm_90", GROUPS=16).instructions_per_element <= ISSUE_BUDGET[size]
 
 
 def test_instructions_of_the_second_pass_are_a_third_of_one_noise_per_token() -> None:
     """Its logits come from the cache; a Gumbel variable per token costs 108.5 instructions per logit on this target."""
-    code = compiled(kernels._masses_kernel, "fp32", "sm_90", GROUPS=16, FILTERED=False, **NO_LIST)
+    code = compile_sample("_masses_kernel", "fp32", "sm_90", GROUPS=16, FILTERED=False, **NO_LIST)
     assert code.instructions_per_element <= 108.5 / 2.4
 
 
 def test_products_and_sums_are_rounded_one_by_one() -> None:
     """With fused multiply-adds the polynomials would take fewer instructions, and other bits would come out."""
     arguments: dict[str, Any] = {"GROUPS": 16, "FILTERED": False, **NO_LIST}
-    types = SIGNATURE | {"logits": "*fp32"}
-    fused = compile_for(kernels._masses_kernel, types, arguments, "sm_90", element_size=4, num_warps=4)
-    code = compiled(kernels._masses_kernel, "fp32", "sm_90", **arguments)
+    fused = compile_sample("_masses_kernel", "fp32", "sm_90", fp_fusion=True, **arguments)
+    code = compile_sample("_masses_kernel", "fp32", "sm_90", **arguments)
     assert code.instructions_per_element >= fused.instructions_per_element + 5
     assert kernels.OPTIONS["enable_fp_fusion"] is False
 
