@@ -144,14 +144,19 @@ std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
   return chunks;
 }
 
-// f(chunk index) for every chunk; threads take them one by one.
-template <class F>
+// f(chunk index) for every chunk; threads take runs of neighbours, as long as that leaves enough runs to share out: the
+// runs from the first to the last, or the other way round, a run itself always forwards, as processors prefetch best.
+template <bool kLastFirst, class F>
 void for_chunks(std::int64_t count, F&& f) {
   std::atomic<std::int64_t> next{0};
   const std::int64_t threads = std::min<std::int64_t>(torch::stable::get_num_threads(), std::max<std::int64_t>(count, 1));
+  const std::int64_t run = std::clamp<std::int64_t>(count / (16 * threads), 1, 16);
   torch::stable::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t)
-      for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+      for (std::int64_t i; (i = next.fetch_add(run, std::memory_order_relaxed)) < count;) {
+        const std::int64_t size = std::min(run, count - i), first = kLastFirst ? count - i - size : i;
+        for (std::int64_t j = first; j < first + size; ++j) f(j);
+      }
   });
 }
 
@@ -170,7 +175,8 @@ Tensor adamw_norm(const std::vector<Tensor>& grads) {
     wide.push_back(grad.scalar_type() == ScalarType::Float);
   }
   std::vector<double> sums(chunks.size());
-  for_chunks(static_cast<std::int64_t>(chunks.size()), [&](std::int64_t i) {
+  // The last first: the update, which starts at the front, finds there what was read last in the cache.
+  for_chunks<true>(static_cast<std::int64_t>(chunks.size()), [&](std::int64_t i) {
     const Chunk& c = chunks[i];
     const void* x = data[c.tensor];
     sums[i] = wide[c.tensor] ? sum_of_squares(isa, static_cast<const float*>(x) + c.begin, c.end - c.begin)
@@ -286,9 +292,8 @@ void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   for (const Tensor& tensor : steps) *static_cast<float*>(tensor.mutable_data_ptr()) += 1;
   const Isa isa = current_isa();
   const std::vector<Chunk> chunks = chunks_of(params);
-  const std::int64_t last = static_cast<std::int64_t>(chunks.size()) - 1;
-  for_chunks(last + 1, [&](std::int64_t i) {
-    const Chunk& c = chunks[last - i];  // backwards: the gradients that the norm read last are still in cache
+  for_chunks<false>(static_cast<std::int64_t>(chunks.size()), [&](std::int64_t i) {
+    const Chunk& c = chunks[i];
     run_chunk(isa, items[c.tensor], c.begin, c.end, zero_grads);
   });
 }

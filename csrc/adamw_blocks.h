@@ -180,6 +180,15 @@ inline float encode_block(const float* __restrict wide, const std::uint32_t* __r
   return scale;
 }
 
+// The lines that a thread needs kAhead elements later: the arithmetic of a block is long enough that the processor's own
+// prefetch, which sees one block's loads at a time, would leave memory idle.
+constexpr std::int64_t kAhead = 2 * kBlock;
+
+template <class T>
+FASTTRAIN_INLINE void prefetch_block(const T* next) {
+  for (std::size_t byte = 0; byte < kBlock * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + byte);
+}
+
 // One block of narrow moments, M their type. Units of 64 elements, so that the processor overlaps the multiplications of
 // the random bits with the roots and divisions of the update.
 template <bool kEma, bool kZero, class P, class M>
@@ -187,6 +196,10 @@ inline void run_block(const Item& item, const Philox& philox, std::int64_t first
                       std::int16_t* __restrict remainder, M* __restrict narrow_m, M* __restrict narrow_v, float* scale_m, float* scale_v) {
   alignas(64) float m[kBlock], v[kBlock];
   alignas(64) std::uint32_t random[kBlock];
+  prefetch_block(p + kAhead);
+  prefetch_block(g + kAhead);
+  prefetch_block(narrow_m + kAhead);
+  prefetch_block(narrow_v + kAhead);
   constexpr bool kCoded = sizeof(M) == 1, kMaster = std::is_same_v<P, MasteredBfloat16>;
   if constexpr (kCoded) {
     decode_block<127, true>(narrow_m, *scale_m, m);
@@ -243,10 +256,21 @@ template <bool kEma, bool kZero, class P>
 void run_chunk(const Item& item, std::int64_t begin, std::int64_t end) {
   if (item.storage == Storage::bfloat16) return run_blocks<kEma, kZero, P, bfloat16>(item, begin, end);
   if (item.storage == Storage::int8) return run_blocks<kEma, kZero, P, std::uint8_t>(item, begin, end);
+  P* p = static_cast<P*>(item.param);
+  P* g = static_cast<P*>(item.grad);
   P* e = static_cast<P*>(item.ema);
-  update<kEma, kZero, P>(static_cast<P*>(item.param) + begin, static_cast<P*>(item.grad) + begin, static_cast<float*>(item.exp_avg) + begin,
-                         static_cast<float*>(item.exp_avg_sq) + begin, kEma ? e + begin : e, item.remainder ? item.remainder + begin : nullptr,
-                         end - begin, item.factors);
+  float* m = static_cast<float*>(item.exp_avg);
+  float* v = static_cast<float*>(item.exp_avg_sq);
+  std::int16_t* r = item.remainder;
+  std::int64_t at = begin;
+  for (; at + kBlock <= end; at += kBlock) {
+    prefetch_block(p + at + kAhead);
+    prefetch_block(g + at + kAhead);
+    prefetch_block(m + at + kAhead);
+    prefetch_block(v + at + kAhead);
+    update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, r ? r + at : r, kBlock, item.factors);
+  }
+  update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, r ? r + at : r, end - at, item.factors);
 }
 
 inline void run_chunk(const Item& item, std::int64_t begin, std::int64_t end, bool zero) {
