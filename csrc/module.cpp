@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "decode.h"
 #include "isa.h"
 #include "stop_matcher.h"
 
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &fasttrain::available_isas, "Instruction sets this CPU can run, slowest first.");
   m.def("set_isa", &fasttrain::set_isa, "Use another instruction set: scalar, avx2 or avx512.");
   bind_stop_matcher(m);
+  fasttrain::bind_decode(m);
 }

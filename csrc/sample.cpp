@@ -26,6 +26,7 @@
 
 #include "half_types.h"
 #include "isa.h"
+#include "sample.h"
 
 namespace fasttrain {
 namespace {
@@ -108,6 +109,16 @@ namespace fasttrain::avx512 { namespace {
 namespace fasttrain {
 namespace {
 
+RowParameters parameters_of(const SampleSettings& settings) {
+  const double t = double{settings.temperature};
+  RowParameters p;
+  p.scale = static_cast<float>(std::clamp(1.4426950408889634 / (t > 0 ? t : 1.0), 0x1p-64, 0x1p64));
+  p.top_k = t > 0 ? settings.top_k : 1;
+  p.top_p = double{settings.top_p};
+  p.min_mass = static_cast<float>(std::ceil(double{settings.min_p} * 0x1p40));
+  return p;
+}
+
 // One number for all rows, or one for each.
 template <class Number>
 struct Parameter {
@@ -146,19 +157,20 @@ struct Problem {
   std::atomic<std::int64_t> bad_row;  // the first; B if there is none
 
   RowParameters parameters(std::int64_t row) const {
-    const double t = double{temperature[row]};
-    RowParameters p;
-    p.scale = static_cast<float>(std::clamp(1.4426950408889634 / (t > 0 ? t : 1.0), 0x1p-64, 0x1p64));
-    p.top_k = t > 0 ? top_k[row] : 1;
-    p.top_p = double{top_p[row]};
-    p.min_mass = static_cast<float>(std::ceil(double{min_p[row]} * 0x1p40));
-    return p;
+    return parameters_of({temperature[row], top_k[row], top_p[row], min_p[row]});
   }
   // Every row is the same one and is filtered in the same way: only the draws differ.
   bool one_row() const {
     return B > 1 && row_stride == 0 && temperature.shared() && top_k.shared() && top_p.shared() && min_p.shared();
   }
 };
+
+template <template <class, class> class Row, class V>
+std::int64_t draw_one(const float* logits, std::int64_t n, const RowParameters& parameters, std::uint64_t seed, std::uint64_t position) {
+  static thread_local Scratch scratch;
+  Row<V, float> row(scratch);
+  return row.prepare(logits, n, parameters) == Fault::none ? row.draw(seed, position).first : -1;
+}
 
 // Threads take rows one by one: filters make rows unequal work.
 template <template <class, class> class Row, class V, class T>
@@ -258,6 +270,16 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, double temperature, std:
 }
 
 }  // namespace
+
+std::int64_t draw_token(const float* logits, std::int64_t V, const SampleSettings& settings, std::uint64_t seed, std::uint64_t position) {
+  const RowParameters parameters = parameters_of(settings);
+#if defined(__x86_64__)
+  if (current_isa() == Isa::avx512) return draw_one<avx512::Row, avx512::Vec>(logits, V, parameters, seed, position);
+  if (current_isa() == Isa::avx2) return draw_one<avx2::Row, avx2::Vec>(logits, V, parameters, seed, position);
+#endif
+  return draw_one<scalar::Row, scalar::Vec>(logits, V, parameters, seed, position);
+}
+
 }  // namespace fasttrain
 
 STABLE_TORCH_LIBRARY_IMPL(fasttrain, CPU, m) {

@@ -20,6 +20,9 @@ struct OneLane {
   static OneLane load(const double* p) { return {static_cast<Real>(*p)}; }
   static OneLane load(const bfloat16* p) { return {static_cast<Real>(to_float(*p))}; }
   static OneLane load(const float16* p) { return {static_cast<Real>(to_float(*p))}; }
+  static OneLane load(const std::int8_t* p) { return {static_cast<Real>(*p)}; }
+  // The first and the second of each pair.
+  static void load_pairs(const bfloat16* p, OneLane& first, OneLane& second) { first = load(p), second = load(p + 1); }
   template <class T>
   static OneLane load_part(const T* p, int n, Real fill) { return n > 0 ? load(p) : set(fill); }
 

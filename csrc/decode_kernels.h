@@ -1,0 +1,214 @@
+// The arithmetic of decoding, written once over `Vec` and compiled once per instruction set: this file is included
+// inside namespaces fasttrain::{scalar,avx2,avx512} and therefore has no include guard.
+//
+// Every product is one routine, `tile`: M rows of x times P panels of a matrix. A panel holds kPanel outputs side by
+// side for one input after the other, so that a product reads its matrix as one stream and needs no sums across lanes.
+// Each output is one chain of fused multiply-adds over its inputs in order, whatever M is: a token's numbers do not
+// depend on how many tokens are computed with it. Keys and values are kept as panels too, and attention is two products.
+
+constexpr int kVecs = kPanel / Vec::width;  // vectors in one row of a panel
+// Most rows at a time: accumulators, one weight and one input fit the registers.
+constexpr int kMostRows = Vec::width == 16 ? 12 : Vec::width == 8 ? 3 : 1;
+
+// How a panel stores its weights: `kStep` inputs at a time, and one scale an output for each `kGroup` inputs (0: none).
+struct Float32Panel {
+  static constexpr int kStep = 1, kGroup = 0;
+  static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
+    out[0] = Vec::load(reinterpret_cast<const float*>(w) + k * kPanel + v * Vec::width);
+  }
+};
+struct Float16Panel {
+  static constexpr int kStep = 1, kGroup = 0;
+  static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
+    out[0] = Vec::load(reinterpret_cast<const float16*>(w) + k * kPanel + v * Vec::width);
+  }
+};
+struct BFloat16Panel {  // two inputs of an output side by side: widening them is a shift and a mask
+  static constexpr int kStep = 2, kGroup = 0;
+  static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
+    Vec::load_pairs(reinterpret_cast<const bfloat16*>(w) + k * kPanel + 2 * v * Vec::width, out[0], out[1]);
+  }
+};
+struct Int8Panel {
+  static constexpr int kStep = 1, kGroup = kScaleGroup;
+  static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
+    out[0] = Vec::load(reinterpret_cast<const std::int8_t*>(w) + k * kPanel + v * Vec::width);
+  }
+};
+
+// acc[m][...] += x[m, begin..end) times P panels.
+template <class F, int M, int P>
+inline __attribute__((always_inline)) void accumulate(const unsigned char* w, std::size_t panel_bytes, const float* x, std::ptrdiff_t ldx,
+                                                      std::int64_t begin, std::int64_t end, Vec (&acc)[M][P * kVecs]) {
+  for (std::int64_t k = begin; k < end; k += F::kStep) {
+    Vec weight[P * kVecs][F::kStep];
+#pragma GCC unroll 64
+    for (int v = 0; v < P * kVecs; ++v) F::load(w + (v / kVecs) * panel_bytes, k, v % kVecs, weight[v]);
+#pragma GCC unroll 2
+    for (int s = 0; s < F::kStep; ++s) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vec input = Vec::set(x[m * ldx + k + s]);
+#pragma GCC unroll 64
+        for (int v = 0; v < P * kVecs; ++v) acc[m][v] = Vec::fma(weight[v][s], input, acc[m][v]);
+      }
+    }
+  }
+}
+
+template <class F, int M, int P>
+void tile(const unsigned char* w, std::size_t panel_bytes, const bfloat16* scales, std::size_t panel_scales, std::int64_t inputs,
+          const float* x, std::ptrdiff_t ldx, float* y, std::ptrdiff_t ldy, bool add) {
+  Vec total[M][P * kVecs];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 64
+    for (int v = 0; v < P * kVecs; ++v) total[m][v] = Vec::set(0);
+  if constexpr (F::kGroup == 0) {
+    accumulate<F, M, P>(w, panel_bytes, x, ldx, 0, inputs, total);
+  } else {
+    for (std::int64_t k = 0; k < inputs; k += F::kGroup) {
+      Vec part[M][P * kVecs];
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 64
+        for (int v = 0; v < P * kVecs; ++v) part[m][v] = Vec::set(0);
+      accumulate<F, M, P>(w, panel_bytes, x, ldx, k, k + F::kGroup, part);
+#pragma GCC unroll 64
+      for (int v = 0; v < P * kVecs; ++v) {
+        const Vec scale = Vec::load(scales + (v / kVecs) * panel_scales + (k / F::kGroup) * kPanel + (v % kVecs) * Vec::width);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) total[m][v] = Vec::fma(part[m][v], scale, total[m][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 64
+    for (int v = 0; v < P * kVecs; ++v) {
+      float* to = y + m * ldy + v * Vec::width;
+      (add ? Vec::load(to) + total[m][v] : total[m][v]).store(to);
+    }
+}
+
+// The rest of a batch, of 1 .. M rows, in one tile.
+template <class F, int P, int M>
+void last_rows(int rows, const unsigned char* w, std::size_t panel_bytes, const bfloat16* scales, std::size_t panel_scales, std::int64_t inputs,
+               const float* x, std::ptrdiff_t ldx, float* y, std::ptrdiff_t ldy, bool add) {
+  if constexpr (M > 0) {
+    if (rows == M) return tile<F, M, P>(w, panel_bytes, scales, panel_scales, inputs, x, ldx, y, ldy, add);
+    last_rows<F, P, M - 1>(rows, w, panel_bytes, scales, panel_scales, inputs, x, ldx, y, ldy, add);
+  }
+}
+
+// y (rows, ldy) = or += x (rows, ldx) times panels [first, last) of a matrix.
+template <class F>
+void multiply(const Matrix& matrix, std::int64_t first, std::int64_t last, const float* x, std::ptrdiff_t ldx, std::int64_t rows, float* y,
+              std::ptrdiff_t ldy, bool add) {
+  constexpr int kPairRows = kMostRows / 2 > 0 ? kMostRows / 2 : 1;
+  for (std::int64_t panel = first; panel < last;) {
+    const unsigned char* w = matrix.weights.get<unsigned char>() + panel * matrix.panel_bytes;
+    const bfloat16* scales = matrix.scales.get<bfloat16>() + panel * matrix.panel_scales;
+    float* out = y + panel * kPanel;
+    if (rows <= kPairRows && panel + 2 <= last) {  // two panels at a time: more chains in flight
+      last_rows<F, 2, kPairRows>(static_cast<int>(rows), w, matrix.panel_bytes, scales, matrix.panel_scales, matrix.padded_inputs, x, ldx, out, ldy, add);
+      panel += 2;
+      continue;
+    }
+    std::int64_t m = 0;
+    for (; m + kMostRows <= rows; m += kMostRows)
+      tile<F, kMostRows, 1>(w, 0, scales, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
+    last_rows<F, 1, kMostRows - 1>(static_cast<int>(rows - m), w, 0, scales, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
+    ++panel;
+  }
+}
+
+// `out` = x / sqrt(mean(x^2) + eps) * weight over n values.
+void normalize(const float* x, const float* weight, std::int64_t n, float eps, float* out) {
+  Vec squares = Vec::set(0);
+  std::int64_t i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) {
+    const Vec a = Vec::load(x + i);
+    squares = Vec::fma(a, a, squares);
+  }
+  if (i < n) {
+    const Vec a = Vec::load_part(x + i, static_cast<int>(n - i), 0);
+    squares = Vec::fma(a, a, squares);
+  }
+  const Vec scale = Vec::set(1.0f / std::sqrt(squares.sum() / static_cast<float>(n) + eps));
+  for (i = 0; i + Vec::width <= n; i += Vec::width) (Vec::load(weight + i) * (Vec::load(x + i) * scale)).store(out + i);
+  for (; i < n; ++i) out[i] = weight[i] * (x[i] * scale.first());
+}
+
+// gate = silu(gate) * up; n is a multiple of the vector's width.
+void gate(float* gates, const float* ups, std::int64_t n) {
+  const Vec one = Vec::set(1), zero = Vec::set(0);
+  for (std::int64_t i = 0; i < n; i += Vec::width) {
+    const Vec g = Vec::load(gates + i);
+    (g / (one + (zero - g).exp()) * Vec::load(ups + i)).store(gates + i);
+  }
+}
+
+// One chunk of kChunk positions for `rows` queries: their unnormalised outputs, largest scores and sums of exponentials.
+// Query i sees the positions up to last_seen[i]. Keys are panels of positions, values panels of head elements.
+template <class F>
+void attend(const HeadCache& cache, std::int64_t chunk, const float* queries, int rows, const std::int64_t* last_seen, float scale,
+            float* out, float* maxima, float* sums) {
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  const std::int64_t begin = chunk * kChunk, E = cache.padded_size;
+  alignas(64) float scores[kMostQueries * kChunk];
+  std::int64_t most = 0;
+  for (int i = 0; i < rows; ++i) most = std::max(most, std::min<std::int64_t>(kChunk, last_seen[i] + 1 - begin));
+  const std::size_t block_bytes = static_cast<std::size_t>(E) * kPanel * cache.element_bytes;
+  for (std::int64_t block = 0; block * kPanel < most; ++block) {
+    const unsigned char* keys = cache.keys + (begin / kPanel + block) * block_bytes;
+    int i = 0;
+    for (; i + kMostRows <= rows; i += kMostRows)
+      tile<F, kMostRows, 1>(keys, 0, nullptr, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
+    last_rows<F, 1, kMostRows - 1>(rows - i, keys, 0, nullptr, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
+  }
+  for (int i = 0; i < rows; ++i) {
+    float* s = scores + i * kChunk;
+    const std::int64_t seen = std::clamp<std::int64_t>(last_seen[i] + 1 - begin, 0, kChunk);
+    std::fill(s + seen, s + kChunk, kNothing);
+    Vec largest = Vec::set(kNothing);
+    for (std::int64_t j = 0; j < kChunk; j += Vec::width) largest = Vec::max(largest, Vec::load(s + j));
+    maxima[i] = largest.max() * scale;
+    const Vec top = Vec::set(maxima[i]), factor = Vec::set(scale);
+    Vec sum = Vec::set(0);
+    for (std::int64_t j = 0; j < kChunk; j += Vec::width) {
+      const Vec p = (Vec::load(s + j) * factor - top).exp();
+      sum = sum + p;
+      p.store(s + j);
+    }
+    sums[i] = sum.sum();
+    if (seen == 0) std::fill(s, s + kChunk, 0.0f), sums[i] = 0;  // -inf less -inf is no number
+  }
+  for (std::int64_t slice = 0; slice * kPanel < E; ++slice) {
+    const unsigned char* values = cache.values + (slice * cache.capacity + begin) * kPanel * cache.element_bytes;
+    int i = 0;
+    for (; i + kMostRows <= rows; i += kMostRows)
+      tile<F, kMostRows, 1>(values, 0, nullptr, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
+    last_rows<F, 1, kMostRows - 1>(rows - i, values, 0, nullptr, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
+  }
+}
+
+// Joins one query's chunks: out[0..n) from parts, chunk c standing at parts + c * stride.
+void join(const float* parts, std::ptrdiff_t stride, const float* maxima, const float* sums, std::ptrdiff_t statistics_stride,
+          std::int64_t chunks, std::int64_t n, float* out) {
+  float largest = maxima[0], total = 0;
+  for (std::int64_t c = 1; c < chunks; ++c) largest = std::max(largest, maxima[c * statistics_stride]);
+  for (std::int64_t c = 0; c < chunks; ++c) total += std::exp(maxima[c * statistics_stride] - largest) * sums[c * statistics_stride];
+  for (std::int64_t c = 0; c < chunks; ++c) {
+    const float share = std::exp(maxima[c * statistics_stride] - largest) / total;
+    const float* part = parts + c * stride;
+    for (std::int64_t i = 0; i < n; ++i) out[i] = c == 0 ? part[i] * share : out[i] + part[i] * share;
+  }
+}
+
+const Kernels& kernels() {
+  static constexpr Kernels table{
+      {&multiply<Float32Panel>, &multiply<BFloat16Panel>, &multiply<Int8Panel>},
+      &normalize, &gate, &attend<Float32Panel>, &attend<Float16Panel>, &join};
+  return table;
+}
