@@ -129,8 +129,8 @@ class DecodeSession {
   // after its last token, or with `every` one for each token in order.
   void extend(const std::vector<std::vector<std::int64_t>>& tokens, bool every);
   void copy_logits(std::uintptr_t address, std::int64_t rows, std::int64_t columns) const;
-  void keep(const std::vector<std::int64_t>& rows);          // the other rows are finished
-  void rewind(const std::vector<std::int64_t>& lengths);     // forgets positions from there on, row by row
+  void select(const std::vector<std::int64_t>& rows);  // the rows are now these; one may be taken several times
+  void rewind(std::int64_t count);                     // forgets the last positions of every row
   std::vector<std::int64_t> lengths() const;
 
   // Draws a token for each live row, and so on for up to `rounds` rounds. The rows that drew an `end` token leave. A
@@ -157,6 +157,8 @@ class DecodeSession {
   void write_cache(std::int64_t layer, std::int64_t token, std::int64_t slot, std::int64_t position, std::int64_t head);
   void load_queries(std::int64_t token, std::int64_t count, std::int64_t position, std::int64_t head, float* out) const;
   void rotate(const float* x, std::int64_t position, float* out) const;
+  std::int64_t take_slot();
+  void copy_cache(std::int64_t from, std::int64_t to, std::int64_t length);
   HeadCache cache(std::int64_t layer, std::int64_t slot, std::int64_t head) const;
   void reserve(std::int64_t M, std::int64_t chunks);
   const float* normalized(int thread, const float* weight, std::int64_t M);
@@ -164,11 +166,15 @@ class DecodeSession {
 
   const std::shared_ptr<DecoderWeights> weights_;
   const Kernels* kernels_;
-  const std::int64_t slots_, capacity_, padded_head_;
+  const std::int64_t capacity_, padded_head_;
   const bool half_cache_;
   const std::size_t element_bytes_;
   std::vector<float> cosines_, sines_;
-  Buffer keys_, values_;
+  struct Slot {
+    Buffer keys, values;
+    bool taken;
+  };
+  std::vector<Slot> slots_;  // one for each text that was ever live at a time
   std::vector<Row> rows_;
   std::int64_t drawn_ = 0;
   std::vector<std::vector<std::int64_t>> pending_;  // drawn, not read by the model yet

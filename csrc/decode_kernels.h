@@ -10,29 +10,32 @@ constexpr int kVecs = kPanel / Vec::width;  // vectors in one row of a panel
 // Most rows at a time: accumulators, one weight and one input fit the registers.
 constexpr int kMostRows = Vec::width == 16 ? 12 : Vec::width == 8 ? 3 : 1;
 
+// How far ahead of use a panel is asked for. The hardware's own prefetchers stop at every 4 KiB.
+constexpr std::int64_t kPrefetchBytes = 4096;
+
 // How a panel stores its weights: `kStep` inputs at a time, and one scale an output for each `kGroup` inputs (0: none).
 struct Float32Panel {
-  static constexpr int kStep = 1, kGroup = 0;
+  static constexpr int kStep = 1, kGroup = 0, kBytes = 4;
   static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
     out[0] = Vec::load(reinterpret_cast<const float*>(w) + k * kPanel + v * Vec::width);
   }
 };
 struct Float16Panel {
-  static constexpr int kStep = 1, kGroup = 0;
+  static constexpr int kStep = 1, kGroup = 0, kBytes = 2;
   static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
     out[0] = Vec::load(reinterpret_cast<const float16*>(w) + k * kPanel + v * Vec::width);
   }
 };
 struct BFloat16Panel {  // two inputs of an output side by side: widening them is a shift and a mask
-  static constexpr int kStep = 2, kGroup = 0;
+  static constexpr int kStep = 2, kGroup = 0, kBytes = 2;
   static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
     Vec::load_pairs(reinterpret_cast<const bfloat16*>(w) + k * kPanel + 2 * v * Vec::width, out[0], out[1]);
   }
 };
 struct Int8Panel {
-  static constexpr int kStep = 1, kGroup = kScaleGroup;
+  static constexpr int kStep = 2, kGroup = kScaleGroup, kBytes = 1;
   static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
-    out[0] = Vec::load(reinterpret_cast<const std::int8_t*>(w) + k * kPanel + v * Vec::width);
+    for (int s = 0; s < kStep; ++s) out[s] = Vec::load(reinterpret_cast<const std::int8_t*>(w) + (k + s) * kPanel + v * Vec::width);
   }
 };
 
@@ -40,7 +43,13 @@ struct Int8Panel {
 template <class F, int M, int P>
 inline __attribute__((always_inline)) void accumulate(const unsigned char* w, std::size_t panel_bytes, const float* x, std::ptrdiff_t ldx,
                                                       std::int64_t begin, std::int64_t end, Vec (&acc)[M][P * kVecs]) {
+  constexpr int kLines = kPanel * F::kBytes * F::kStep / 64;  // of the cache, in a step
   for (std::int64_t k = begin; k < end; k += F::kStep) {
+    if constexpr (M < kMostRows) {  // a full tile has other rows' work to hide the memory behind
+#pragma GCC unroll 8
+      for (int line = 0; line < P * kLines; ++line)
+        __builtin_prefetch(w + line / kLines * panel_bytes + k * kPanel * F::kBytes + kPrefetchBytes + line % kLines * 64);
+    }
     Vec weight[P * kVecs][F::kStep];
 #pragma GCC unroll 64
     for (int v = 0; v < P * kVecs; ++v) F::load(w + (v / kVecs) * panel_bytes, k, v % kVecs, weight[v]);

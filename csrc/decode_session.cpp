@@ -33,17 +33,14 @@ Range share(std::int64_t n, int thread, int threads) { return {n * thread / thre
 
 DecodeSession::DecodeSession(std::shared_ptr<DecoderWeights> weights, std::int64_t rows, std::int64_t capacity, std::uintptr_t cosines,
                              std::uintptr_t sines)
-    : weights_(std::move(weights)), kernels_(&decode_kernels()), slots_(rows), capacity_(padded(capacity, kChunk)),
+    : weights_(std::move(weights)), kernels_(&decode_kernels()), capacity_(padded(capacity, kChunk)),
       padded_head_(padded(weights_->shape.head_size, kPanel)), half_cache_(weights_->format != WeightFormat::float32),
       element_bytes_(half_cache_ ? 2 : 4) {
   const DecoderShape& shape = weights_->shape;
   const std::size_t angles = static_cast<std::size_t>(capacity) * shape.head_size / 2;
   cosines_.assign(reinterpret_cast<const float*>(cosines), reinterpret_cast<const float*>(cosines) + angles);
   sines_.assign(reinterpret_cast<const float*>(sines), reinterpret_cast<const float*>(sines) + angles);
-  const std::size_t bytes = element_bytes_ * shape.num_layers * slots_ * shape.num_kv_heads * capacity_ * padded_head_;
-  keys_ = Buffer(bytes);
-  values_ = Buffer(bytes);
-  for (std::int64_t slot = 0; slot < rows; ++slot) rows_.push_back({slot, 0, 0});
+  for (std::int64_t row = 0; row < rows; ++row) rows_.push_back({take_slot(), 0, 0});
   ld_hidden_ = leading_dimension(shape.hidden_size);
   ld_qkv_ = leading_dimension((shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size);
   ld_attention_ = leading_dimension(shape.num_heads * shape.head_size);
@@ -57,23 +54,53 @@ std::vector<std::int64_t> DecodeSession::lengths() const {
   return all;
 }
 
-void DecodeSession::keep(const std::vector<std::int64_t>& rows) {
-  std::vector<Row> kept;
+std::int64_t DecodeSession::take_slot() {
+  for (std::size_t slot = 0; slot < slots_.size(); ++slot)
+    if (!std::exchange(slots_[slot].taken, true)) return static_cast<std::int64_t>(slot);
+  const DecoderShape& shape = weights_->shape;
+  const std::size_t bytes = element_bytes_ * shape.num_layers * shape.num_kv_heads * capacity_ * padded_head_;
+  slots_.push_back({Buffer(bytes), Buffer(bytes), true});
+  return static_cast<std::int64_t>(slots_.size()) - 1;
+}
+
+void DecodeSession::copy_cache(std::int64_t from, std::int64_t to, std::int64_t length) {
+  const DecoderShape& shape = weights_->shape;
+  const std::size_t row = kPanel * element_bytes_;
+  const std::int64_t blocks = padded(length, kPanel) / kPanel;
+  for (std::int64_t layer = 0; layer < shape.num_layers; ++layer)
+    for (std::int64_t head = 0; head < shape.num_kv_heads; ++head) {
+      const HeadCache source = cache(layer, from, head), target = cache(layer, to, head);
+      std::memcpy(target.keys, source.keys, blocks * padded_head_ * row);
+      for (std::int64_t slice = 0; slice * kPanel < padded_head_; ++slice)
+        std::memcpy(target.values + slice * capacity_ * row, source.values + slice * capacity_ * row, length * row);
+    }
+}
+
+void DecodeSession::select(const std::vector<std::int64_t>& rows) {
+  std::vector<Row> selected;
   std::vector<std::vector<std::int64_t>> pending;
   for (const std::int64_t row : rows) {
-    kept.push_back(rows_.at(row));
+    selected.push_back(rows_.at(row));
     if (!pending_.empty()) pending.push_back(pending_.at(row));
   }
-  rows_ = std::move(kept);
+  for (Slot& slot : slots_) slot.taken = false;
+  for (const Row& row : selected) slots_[row.slot].taken = true;
+  for (std::size_t i = 0; i < selected.size(); ++i)
+    for (std::size_t earlier = 0; earlier < i; ++earlier)
+      if (rows[i] == rows[earlier]) {
+        selected[i].slot = take_slot();
+        copy_cache(selected[earlier].slot, selected[i].slot, selected[i].length);
+        break;
+      }
+  rows_ = std::move(selected);
   pending_ = std::move(pending);
 }
 
-void DecodeSession::rewind(const std::vector<std::int64_t>& lengths) {
-  if (lengths.size() != rows_.size()) throw std::invalid_argument("rewind needs one length for each live row");
-  for (std::size_t i = 0; i < rows_.size(); ++i) {
-    if (lengths[i] < 0 || lengths[i] > rows_[i].length) throw std::invalid_argument("rewind cannot go forward");
-    rows_[i].length = lengths[i];
-  }
+void DecodeSession::rewind(std::int64_t count) {
+  if (!pending_.empty()) throw std::invalid_argument("rewind cannot follow run: tokens were drawn that the model has not read");
+  for (const Row& row : rows_)
+    if (count < 0 || count > row.length) throw std::invalid_argument("rewind got " + std::to_string(count) + " positions; a row has " + std::to_string(row.length));
+  for (Row& row : rows_) row.length -= count;
 }
 
 void DecodeSession::copy_logits(std::uintptr_t address, std::int64_t rows, std::int64_t columns) const {
@@ -227,8 +254,9 @@ void DecodeSession::layer(int thread, std::int64_t index, const std::vector<Run>
 
 HeadCache DecodeSession::cache(std::int64_t layer, std::int64_t slot, std::int64_t head) const {
   const std::size_t bytes = element_bytes_ * capacity_ * padded_head_;
-  const std::size_t offset = ((layer * slots_ + slot) * weights_->shape.num_kv_heads + head) * bytes;
-  return {keys_.get<unsigned char>() + offset, values_.get<unsigned char>() + offset, capacity_, padded_head_, element_bytes_};
+  const std::size_t offset = (layer * weights_->shape.num_kv_heads + head) * bytes;
+  return {slots_[slot].keys.get<unsigned char>() + offset, slots_[slot].values.get<unsigned char>() + offset, capacity_, padded_head_,
+          element_bytes_};
 }
 
 // Turns the pairs (x_i, x_{i+E/2}) by the position's angles.
@@ -402,12 +430,12 @@ std::vector<std::vector<std::int64_t>> DecodeSession::run(std::int64_t rounds, S
 
 // Changes with every byte and its place (sums of 64-bit words and of those sums, in eight lanes): tells whether weights
 // are still those that were packed, at the price of reading them once.
-std::uint64_t checksum(std::uintptr_t address, std::size_t bytes) {
+std::uint64_t checksum(const unsigned char* data, std::size_t bytes) {
   constexpr int kLanes = 8;
-  const unsigned char* data = reinterpret_cast<const unsigned char*>(address);
   std::uint64_t first[kLanes] = {}, second[kLanes] = {}, last[kLanes] = {};
   std::size_t at = 0;
   for (; at + sizeof(last) <= bytes; at += sizeof(last)) {
+    __builtin_prefetch(data + at + 4096);
     std::uint64_t words[kLanes];
     std::memcpy(words, data + at, sizeof(words));
     for (int i = 0; i < kLanes; ++i) {
@@ -422,10 +450,31 @@ std::uint64_t checksum(std::uintptr_t address, std::size_t bytes) {
   return sum;
 }
 
+// One sum for each piece of memory; threads take parts of 1 MiB, so the sums do not depend on them.
+std::vector<std::uint64_t> checksums(const std::vector<std::pair<std::uintptr_t, std::size_t>>& memory, int threads) {
+  constexpr std::size_t kPart = 1u << 20;
+  struct Part {
+    std::size_t owner, begin, bytes;
+    std::uint64_t sum;
+  };
+  std::vector<Part> parts;
+  for (std::size_t i = 0; i < memory.size(); ++i)
+    for (std::size_t begin = 0; begin < memory[i].second; begin += kPart) parts.push_back({i, begin, std::min(kPart, memory[i].second - begin), 0});
+  ThreadTeam team(std::max(1, threads));
+  team.run([&](int thread) {
+    const Range mine = share(static_cast<std::int64_t>(parts.size()), thread, team.size());
+    for (std::int64_t i = mine.begin; i < mine.end; ++i)
+      parts[i].sum = checksum(reinterpret_cast<const unsigned char*>(memory[parts[i].owner].first) + parts[i].begin, parts[i].bytes);
+  });
+  std::vector<std::uint64_t> sums(memory.size(), 0);
+  for (const Part& part : parts) sums[part.owner] = (sums[part.owner] ^ part.sum) * 0x9E3779B97F4A7C15u + part.begin;
+  return sums;
+}
+
 void bind_decode(pybind11::module_& m) {
   namespace py = pybind11;
-  m.def("checksum", &checksum, py::arg("address"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>(),
-        "A 64-bit sum that changes when the bytes do; not a hash to trust against malice.");
+  m.def("checksums", &checksums, py::arg("memory"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "For each (address, bytes) a 64-bit sum that changes when the bytes do; no hash to trust against malice.");
   py::class_<DecoderWeights, std::shared_ptr<DecoderWeights>>(m, "DecoderWeights", "Weights of a Llama-shaped decoder, packed for the CPU.")
       .def(py::init([](std::int64_t vocab_size, std::int64_t num_layers, std::int64_t num_heads, std::int64_t num_kv_heads,
                        std::int64_t head_size, std::int64_t hidden_size, std::int64_t intermediate_size, float norm_eps,
@@ -455,8 +504,9 @@ void bind_decode(pybind11::module_& m) {
       .def("extend", &DecodeSession::extend, py::arg("tokens"), py::arg("every") = false, py::call_guard<py::gil_scoped_release>(),
            "Appends tokens to each live row; logits after the last of each row, or after every one.")
       .def("copy_logits", &DecodeSession::copy_logits, py::arg("address"), py::arg("rows"), py::arg("columns"))
-      .def("keep", &DecodeSession::keep, py::arg("rows"), "The other rows are finished.")
-      .def("rewind", &DecodeSession::rewind, py::arg("lengths"), "Forgets positions, row by row.")
+      .def("select", &DecodeSession::select, py::arg("rows"), py::call_guard<py::gil_scoped_release>(),
+           "The rows are now these; one may be taken several times.")
+      .def("rewind", &DecodeSession::rewind, py::arg("count"), "Forgets the last positions of every row.")
       .def_property_readonly("lengths", &DecodeSession::lengths)
       .def(
           "run",

@@ -2,7 +2,8 @@
 
 Three kinds of model, one protocol: ours (`new_cache`), Hugging Face's (`past_key_values`), and any other module that
 maps ids (B, T) to logits (B, T, V), which is run over its whole text again. All give the same text; the first two give
-it in time linear in its length. Left out: choosing the token, and everything about text.
+it in time linear in its length. Where it can, the native engine (native_decoding.py) takes the place of the model's own
+forward. Left out: choosing the token, and everything about text.
 
 Shapes: B rows still being written, T positions of the longest prompt, V vocabulary.
 """
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import WeightDtype
+from .native_decoding import NativeDecoder, native_problem
 from .utils import device_of
+
+Engine = Literal["auto", "native", "eager"]
 
 
 class Decoder(Protocol):
@@ -48,8 +53,18 @@ class BranchingDecoder(Decoder, Protocol):
         """Forgets the last `count` tokens of every row."""
 
 
-def decoder_for(model: nn.Module) -> BranchingDecoder:
-    """The fastest of the three that the model offers."""
+def decoder_for(
+    model: nn.Module, engine: Engine = "auto", weight_dtype: WeightDtype = "model"
+) -> BranchingDecoder:
+    """The native decoder where it can serve the model, else the fastest of the three that the model offers.
+
+    Raises:
+        ValueError: engine "native", or a `weight_dtype` other than the model's, where the native decoder cannot serve.
+    """
+    if engine == "native" or (engine == "auto" and (weight_dtype != "model" or not native_problem(model))):
+        return NativeDecoder(model, weight_dtype)
+    if weight_dtype != "model":
+        raise ValueError(f"weight_dtype={weight_dtype!r} needs the native engine; engine is {engine!r}")
     if hasattr(model, "new_cache") and hasattr(model, "get_output_embeddings"):
         return OwnCacheDecoder(model)
     if "past_key_values" in _parameters(model):

@@ -17,14 +17,14 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from .config import GenerationConfig, from_dict, load_config, to_dict
 from .context_window import SlidingDecoder
-from .decoding import Decoder, context_length, decoder_for, vocabulary_size
+from .decoding import BranchingDecoder, Decoder, Engine, context_length, decoder_for, vocabulary_size
 from .generation_loop import Event, FinishReason, Job, Logprobs, Row, beam_events_of, events_of
 from .prompts import check_ids, check_tokenizer, fit_to_context, ids_of, kind_of
 from .sampler import Processor, truncation_of
@@ -32,8 +32,6 @@ from .speculation import Drafter, DraftModel, PromptLookup, SpeculativeDecoder
 from .text_stream import TextStream
 from .tokenization import Tokenizer, as_tokenizer
 from .utils import device_of, preserve_rng, unwrap
-
-Engine = Literal["auto", "eager"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,8 @@ def generate(
             and `dry_breakers`.
         stream: return an iterator instead. For a str prompt it yields pieces of text that joined are the text; for a
             list of them pairs (row, piece); for ids pairs (row, id). Beam search yields its text at the end.
-        engine: "auto" or "eager".
+        engine: "native" is the C++ decoder (native_decoding.py) or an error that says why it cannot serve the model;
+            "eager" is the model's own forward; "auto" the first where it can serve, else the second.
         processors: functions (ids (1, T) int64, logits (1, V) float32) -> logits (1, V), called in turn for each row
             and token before the temperature; ids are prompt and new text. For grammars and the like.
         draft_model: a smaller model over the same vocabulary that guesses `num_draft_tokens` at a time; the text is
@@ -105,8 +104,8 @@ def generate(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    if engine not in ("auto", "eager"):
-        raise ValueError(f"engine is {engine!r}; this version has 'auto' and 'eager'")
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine is {engine!r}; it must be one of {', '.join(map(repr, get_args(Engine)))}")
     if logprobs not in (None, "raw", "processed"):
         raise ValueError(f"logprobs is {logprobs!r}; it must be 'raw', 'processed' or None")
     details = details or logprobs is not None
@@ -117,7 +116,7 @@ def generate(
     as_text, single = kind_of(prompt)
     tokens = _tokenizer_for(model, tokenizer, settings, as_text)
     prompts = fit_to_context(model, ids_of(prompt, tokens), settings)
-    job = _job(model, prompts, settings, tokens, as_text, processors, draft_model, logprobs)
+    job = _job(model, prompts, settings, tokens, as_text, processors, draft_model, logprobs, engine)
     reads = tokens if as_text or settings.stop or details else None
     rows = [
         Row(i, prompts[i // settings.num_samples], None if reads is None else TextStream(reads, settings.stop))
@@ -161,6 +160,7 @@ def _tokenizer_for(model: nn.Module, tokenizer: Any, settings: GenerationConfig,
 def _job(
     model: nn.Module, prompts: list[list[int]], settings: GenerationConfig, tokenizer: Tokenizer | None, as_text: bool,
     processors: Sequence[Processor], draft_model: nn.Module | None, logprobs: Logprobs | None,
+    engine: Engine,
 ) -> Job:  # fmt: skip
     """Checks what remains and picks the decoder."""
     if tokenizer is not None and as_text:
@@ -179,9 +179,9 @@ def _job(
         )
     decoder: Decoder
     if draft_model is not None or settings.speculation != "none":
-        decoder = _speculative(model, draft_model, settings, seeds)
+        decoder = _speculative(model, draft_model, settings, seeds, engine)
     else:
-        decoder = decoder_for(model)
+        decoder = decoder_for(model, engine, settings.weight_dtype)
     context = context_length(model)
     if settings.long_text == "sliding" and context is not None:
         decoder = SlidingDecoder(decoder, context)
@@ -189,15 +189,19 @@ def _job(
 
 
 def _speculative(
-    model: nn.Module, draft_model: nn.Module | None, settings: GenerationConfig, seeds: list[int]
+    model: nn.Module, draft_model: nn.Module | None, settings: GenerationConfig, seeds: list[int], engine: Engine
 ) -> SpeculativeDecoder:
     if settings.long_text == "sliding":
         raise ValueError(
             "long_text='sliding' moves the text under the guesses of speculation; use one of the two, or "
             "long_text='truncate_left'"
         )
+
+    def new_decoder() -> BranchingDecoder:
+        return decoder_for(model, engine, settings.weight_dtype)
+
     if draft_model is None:
-        return SpeculativeDecoder(lambda: decoder_for(model), lambda *_: PromptLookup(), settings.num_draft_tokens)
+        return SpeculativeDecoder(new_decoder, lambda *_: PromptLookup(), settings.num_draft_tokens)
     if settings.speculation != "none":
         raise ValueError(f"speculation={settings.speculation!r} and draft_model both guess; give one of the two")
     if settings.num_beams > 1:
@@ -218,7 +222,7 @@ def _speculative(
         seed = torch.tensor([seeds[row] % 2**63], device=device_of(drafts))
         return DraftModel(decoder_for(drafts), truncation, seed, len(prompt), capacity)
 
-    return SpeculativeDecoder(lambda: decoder_for(model), new_drafter, settings.num_draft_tokens)
+    return SpeculativeDecoder(new_decoder, new_drafter, settings.num_draft_tokens)
 
 
 def _result(row: Row, job: Job, details: bool) -> Any:

@@ -319,7 +319,7 @@ def test_a_compiled_model_is_run_uncompiled() -> None:
         ("x" * 90, {"max_new_tokens": 8}, "max_new_tokens is 8 after the 90 tokens.*at most 7 fit"),
         ("x", {"temprature": 0.5}, "did you mean 'temperature'"),
         ("x", {"temperature": -1.0}, "temperature is -1.0"),
-        ("x", {"engine": "native"}, "engine is 'native'; this version has 'auto' and 'eager'"),
+        ("x", {"engine": "fast"}, "engine is 'fast'; it must be one of 'auto', 'native', 'eager'"),
         ([[1, 2, 300]], {}, r"prompt 0 holds token id 300; the model's ids lie in \[0, 257\)"),
         ([[-1]], {}, "token id -1"),
         (torch.zeros(2, 3), {}, "token ids are integers"),

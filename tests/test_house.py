@@ -19,7 +19,8 @@ PACKAGE = ROOT / "fasttrain"
 
 # A module imports only from strictly lower levels; files of one package may import each other.
 LEVELS = [
-    {"config", "utils", "backend", "kernels", "_C", "trees", "permutation", "prefetch", "repeats"},
+    {"config", "utils", "backend", "kernels", "_C", "trees", "permutation", "prefetch", "repeats",
+     "llama_weights"},
     {
         "amp",
         "ops",
@@ -29,12 +30,12 @@ LEVELS = [
         "batch_stream",
         "schedules",
         "tensorfile",
-        "decoding",
+        "native_decoding",
         "text_stream",
         "penalties",
     },
-    {"state", "corpus", "manifest", "result", "truncation", "prompts", "context_window"},
-    {"callbacks", "losses", "token_store", "treefiles", "sampler", "speculation"},
+    {"state", "corpus", "manifest", "result", "truncation", "decoding"},
+    {"callbacks", "losses", "token_store", "treefiles", "prompts", "context_window", "sampler", "speculation"},
     {"beam_search"},
     {"generation_loop"},
     {"evaluation", "checkpointing", "progress", "optimizations", "generation", "data", "models"},
