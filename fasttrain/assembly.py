@@ -16,6 +16,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from .averaging import averaged_weights
+from .batch_stream import peek_batches
+from .batches import tensors_of
 from .config import TrainConfig, to_dict
 from .generation import generate
 from .ops.adamw import AdamW
@@ -94,18 +97,32 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer, scheduler: LRSchedul
 
 
 def resolve_accumulation(config: TrainConfig, loader: Iterable[Any]) -> TrainConfig:
-    """The config with grad_accum_steps derived from global_batch_size, where that is given."""
-    if not config.global_batch_size:
+    """The config with grad_accum_steps derived from global_batch_size or global_batch_tokens, where one is given."""
+    if not (config.global_batch_size or config.global_batch_tokens):
         return config
-    batch_size = getattr(loader, "batch_size", None)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"TrainConfig.global_batch_size is {config.global_batch_size}, but {type(loader).__name__} "
-                         "has no batch_size to derive the micro-batches from; set grad_accum_steps instead")
-    if config.global_batch_size % batch_size:
-        raise ValueError(f"TrainConfig.global_batch_size is {config.global_batch_size}; it must be a multiple of the "
-                         f"loader's batch_size={batch_size}")
-    micro_batches = config.global_batch_size // batch_size
-    return dataclasses.replace(config, global_batch_size=0, grad_accum_steps=micro_batches)
+    rows, length = batch_shape(loader)
+    name, total = ("global_batch_size", config.global_batch_size) if config.global_batch_size else \
+        ("global_batch_tokens", config.global_batch_tokens)
+    size = rows if name == "global_batch_size" or not rows or not length else rows * length
+    if not size or (name == "global_batch_tokens" and not length):
+        raise ValueError(f"TrainConfig.{name} is {total}, but {type(loader).__name__} neither says the size of a batch "
+                         "nor can be read twice to find out; set grad_accum_steps instead")
+    if total % size:
+        unit = "sequences" if name == "global_batch_size" else f"tokens ({rows} sequences of {length})"
+        raise ValueError(f"TrainConfig.{name} is {total}; it must be a multiple of the loader's batch of {size} {unit}")
+    return dataclasses.replace(config, global_batch_size=0, global_batch_tokens=0, grad_accum_steps=total // size)
+
+
+def batch_shape(loader: Iterable[Any]) -> tuple[int | None, int | None]:
+    """(sequences, positions) of a batch: what the loader says of itself, else what its first batch looks like."""
+    rows, length = getattr(loader, "batch_size", None), getattr(getattr(loader, "dataset", None), "seq_len", None)
+    if isinstance(rows, int) and isinstance(length, int):
+        return rows, length
+    peeked = peek_batches(loader, 1)
+    largest = max(tensors_of(peeked), key=torch.Tensor.numel, default=None)
+    if largest is None or largest.dim() < 1:
+        return (rows if isinstance(rows, int) else None), None
+    return rows if isinstance(rows, int) else largest.size(0), largest.size(1) if largest.dim() > 1 else None
 
 
 def planned_steps(config: TrainConfig, loader: Iterable[Any]) -> int | None:
@@ -203,14 +220,16 @@ def checkpoint_metadata(state: TrainState, config: TrainConfig, precision: torch
 
 
 def breakable_generation(model: nn.Module, tokenizer: Tokenizer, interruption: Interruption,
-                         ) -> Callable[..., list[str]]:
-    """(prompts, **options) -> texts for callbacks; a signal ends it between two tokens with Interrupted."""
+                         callbacks: Sequence[Any] = ()) -> Callable[..., list[str]]:
+    """(prompts, **options) -> texts for callbacks; a signal ends it between two tokens with Interrupted. The weights
+    are the average that one of `callbacks` keeps, if one does."""
     def run(prompts: Sequence[str], **options: Any) -> list[str]:
         texts = [""] * len(prompts)
-        for row, piece in generate(model, list(prompts), tokenizer=tokenizer, stream=True, **options):
-            texts[row] += piece
-            if interruption:
-                raise Interrupted(interruption.requested)
+        with averaged_weights(callbacks):
+            for row, piece in generate(model, list(prompts), tokenizer=tokenizer, stream=True, **options):
+                texts[row] += piece
+                if interruption:
+                    raise Interrupted(interruption.requested)
         return texts
 
     return run

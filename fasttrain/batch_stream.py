@@ -35,6 +35,8 @@ class BatchStream:
         self.waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         """A context around waits for a batch, in which a signal may raise Interrupted; the stream is then where it was
         before, generators included, and the next call reads on from there."""
+        self.skipped: list[tuple[int, int, int]] = []
+        """(epoch, first, last) of batches that are passed over: they made a loss spike (see `skip`)."""
         self._log = log
         self._iterator: Iterator[Any] | None = None
         self._epoch_start: dict[str, Any] | None = None
@@ -61,11 +63,24 @@ class BatchStream:
             if batch is not _END:
                 self.batch += 1
                 self.samples = _samples_after(self.loader, self.samples)
+                if self.skipped and any(epoch == self.epoch and first < self.batch <= last
+                                        for epoch, first, last in self.skipped):
+                    continue
                 return batch
             if self.batch == 0:
                 self._say_no_data()
                 return None
             self.epoch, self.batch, self.samples, self._iterator = self.epoch + 1, 0, 0, None
+
+    def skip(self, start: tuple[int, int], end: tuple[int, int]) -> None:
+        """From now on passes over the batches handed out between two positions (epoch, batches of it): a part of the
+        stream's state, so a resumed run passes over them too."""
+        num_batches = self.num_batches() or max(start[1], end[1])
+        for epoch in range(start[0], end[0] + 1):
+            first = start[1] if epoch == start[0] else 0
+            last = end[1] if epoch == end[0] else num_batches
+            if last > first:
+                self.skipped.append((epoch, first, last))
 
     def num_batches(self) -> int | None:
         """Batches per epoch, or None for a loader that does not know."""
@@ -76,6 +91,8 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "samples": self.samples}
+        if self.skipped:
+            state["skipped"] = [list(entry) for entry in self.skipped]
         if self._knows_position:
             state["loader"] = self.loader.state_dict()  # type: ignore[attr-defined]
         elif self._iterator is not None:
@@ -87,6 +104,7 @@ class BatchStream:
         restores them afterwards)."""
         self.epoch, self.batch, self._iterator = state["epoch"], state["batch"], None
         self.samples = state["samples"]
+        self.skipped = [(entry[0], entry[1], entry[2]) for entry in state.get("skipped", [])]
         if self._knows_position:
             if "loader" not in state:
                 raise ValueError("the checkpoint was written with a loader that has no state_dict(); "

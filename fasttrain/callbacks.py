@@ -2,11 +2,14 @@
 
     on_train_start(state, run)
     while not finished:
-        one optimizer step                     -> on_step(state)
+        an epoch's data are used up            -> on_epoch_end(state, epoch)
+        gradients are complete                 -> on_gradients(state)
+        update: one optimizer step             -> on_step(state)
         its loss or gradient was not finite    -> on_nonfinite(state)
         due(log)                               -> on_log(state, record)
         due(eval): on_eval_start(state), eval  -> on_eval(state, result)
         due(save): save                        -> on_save(state, path)
+        something rare happened                -> on_event(state, kind, details): out_of_memory, rewind, control, ...
     on_train_end(state, status)                   on_exception(state, error) instead, if one ends the run
 
 Write a class with any of these methods (deriving from `Callback` is optional). A hook that is not overridden costs
@@ -29,8 +32,8 @@ from .config import TrainConfig
 from .state import TrainState
 from .utils import Interrupted
 
-HOOKS = ("on_train_start", "on_step", "on_nonfinite", "on_log", "on_eval_start", "on_eval", "on_save", "on_train_end",
-         "on_exception")
+HOOKS = ("on_train_start", "on_epoch_end", "on_gradients", "on_step", "on_nonfinite", "on_log", "on_eval_start",
+         "on_eval", "on_save", "on_event", "on_train_end", "on_exception")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class Run:
     """Prints one line without breaking a live display."""
     generate: Callable[..., Any] | None = None
     """generate(prompts, **options) with the model being trained, leaving it undisturbed; None without a tokenizer."""
+    report: Callable[[str, Mapping[str, Any]], None] = lambda kind, details: None
+    """report(kind, details) fires `on_event` for all callbacks: what should stand in the records of the run."""
+    loss_fn: Callable[..., Any] | None = None
+    """(model, batch) -> (loss_sum, num_targets), in the run's precision."""
+    checkpoint: Callable[[], Path | None] = lambda: None
+    """The newest checkpoint of the run."""
 
 
 class Callback:
@@ -57,6 +66,13 @@ class Callback:
 
     def on_train_start(self, state: TrainState, run: Run) -> None:
         """Once, before the first step, after a checkpoint was restored."""
+
+    def on_epoch_end(self, state: TrainState, epoch: int) -> None:
+        """When the first batch after the end of `epoch` (from 0) was asked for."""
+
+    def on_gradients(self, state: TrainState) -> None:
+        """Before each update. `.grad` holds the sum over the window's targets, not yet divided by
+        `state.window.num_targets`, unscaled only without a gradient scaler, not yet clipped."""
 
     def on_step(self, state: TrainState) -> None:
         """After each optimizer step. On a GPU, counters other than `step` lag one step behind here."""
@@ -75,6 +91,9 @@ class Callback:
 
     def on_save(self, state: TrainState, path: Path) -> None:
         """After a checkpoint is durable."""
+
+    def on_event(self, state: TrainState, kind: str, details: Mapping[str, Any]) -> None:
+        """When something rare happened: out_of_memory, loss_spike, rewind, control, nonfinite_capsule."""
 
     def on_train_end(self, state: TrainState, status: str) -> None:
         """Once, when the loop ended: status is completed, stopped or interrupted."""
@@ -146,10 +165,10 @@ class EarlyStopping(Callback):
 
 
 class JsonlLogger(Callback):
-    """One JSON object a line in `metrics.jsonl`: kind is train, eval, nonfinite, save, resume or end.
+    """One JSON object a line in `metrics.jsonl`: kind is train, eval, nonfinite, save, resume, end, or an event's.
 
-    Append-only, with one exception: a run that resumes at step s first drops the records after s (the steps that will
-    be trained again) and any half-written line, by writing a new file and renaming it over the old one. A run that
+    Append-only, with one exception: a run that resumes at (or rewinds to) step s first drops the records after s (the
+    steps that will be trained again) and any half-written line, by renaming a new file over the old one. A run that
     starts afresh moves an older file to `metrics.previous.jsonl`. Non-finite numbers are the strings "nan", "inf",
     "-inf", because JSON has none.
     """
@@ -177,7 +196,7 @@ class JsonlLogger(Callback):
         self._write(state, "train", record)
 
     def on_eval(self, state: TrainState, result: Any) -> None:
-        self._write(state, "eval", vars(result))
+        self._write(state, "eval", figures_of(result))
 
     def on_nonfinite(self, state: TrainState) -> None:
         counters = state.counters
@@ -186,6 +205,11 @@ class JsonlLogger(Callback):
 
     def on_save(self, state: TrainState, path: Path) -> None:
         self._write(state, "save", {"checkpoint": path.name})
+
+    def on_event(self, state: TrainState, kind: str, details: Mapping[str, Any]) -> None:
+        if kind == "rewind" and self.path is not None and self.path.exists():
+            drop_records_after(self.path, state.step)
+        self._write(state, kind, details)
 
     def on_train_end(self, state: TrainState, status: str) -> None:
         self._write(state, "end", {"status": status, "reason": state.stop_reason})
@@ -197,6 +221,14 @@ class JsonlLogger(Callback):
         # Opened for each record: one write of one line, whole or absent in the file, and no handle to leak.
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def figures_of(result: Any) -> dict[str, Any]:
+    """An EvalResult as flat figures: those of named sets as `name/loss`, ..."""
+    figures = {key: value for key, value in vars(result).items() if key != "sets"}
+    for name, part in getattr(result, "sets", {}).items():
+        figures.update({f"{name}/{key}": value for key, value in figures_of(part).items()})
+    return figures
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -250,6 +282,11 @@ class SampleText(Callback):
     def on_eval(self, state: TrainState, result: Any) -> None:
         if not self.every_steps:
             self._sample(state)
+
+    def on_event(self, state: TrainState, kind: str, details: Mapping[str, Any]) -> None:
+        samples = None if self._run is None or self._run.directory is None else self._run.directory / "samples.jsonl"
+        if kind == "rewind" and samples is not None and samples.exists():
+            drop_records_after(samples, state.step)
 
     def _sample(self, state: TrainState) -> None:
         run = self._run

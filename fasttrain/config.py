@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,14 +27,16 @@ _OTHER_NAMES = {
     "learning_rate": "lr", "gradient_accumulation_steps": "grad_accum_steps", "num_train_epochs": "max_epochs",
     "epochs": "max_epochs", "steps": "max_steps", "batch_size": "global_batch_size", "clip_grad_norm": "max_grad_norm",
     "lr_scheduler_type": "schedule", "logging_steps": "log_every_steps", "eval_steps": "eval_every_steps",
-    "save_steps": "save_every_steps", "save_total_limit": "keep_last", "dtype": "precision",
+    "save_steps": "save_every_steps", "eval_on_start": "eval_at_start", "save_total_limit": "keep_last",
+    "dtype": "precision",
 }
+
+_RECOMPUTED = re.compile(r"none|full|selective|every_([2-9]|[1-9]\d+)", re.ASCII)
 
 ConfigT = TypeVar("ConfigT", "TrainConfig", "GenerationConfig")
 
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-ActivationCheckpointing = Literal["none", "full"]
 StateDtype = Literal["float32", "bfloat16", "int8"]
 NonfinitePolicy = Literal["skip", "stop"]
 Parallel = Literal["auto", "none"]
@@ -61,6 +64,8 @@ class TrainConfig:
     """Micro-batches per optimizer step."""
     global_batch_size: int = 0
     """Sequences per optimizer step; micro-batches are derived from it (0: use grad_accum_steps)."""
+    global_batch_tokens: int = 0
+    """Token positions per optimizer step; micro-batches are derived from it (0: use grad_accum_steps)."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this (0: do not clip)."""
     lr: float = 3e-4
@@ -69,8 +74,12 @@ class TrainConfig:
     """Learning rate at the end of the schedule."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0 to lr."""
+    warmup_ratio: float = 0.0
+    """The same as a share of the planned steps, in place of warmup_steps (0: use warmup_steps)."""
     schedule: Schedule = "cosine"
     """Shape after the warm-up, for the scheduler that the Trainer builds when none is passed."""
+    decay_ratio: float = 0.2
+    """schedule='wsd' (warm-up, stable, decay): share of the planned steps, at their end, that the decay takes."""
     weight_decay: float = 0.1
     """Decoupled weight decay; applied to tensors of two or more dimensions only."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -79,14 +88,17 @@ class TrainConfig:
     """Autocast type; auto picks the fastest reduced precision that this device runs natively, else float32."""
     compile: bool = False
     """Run the model through torch.compile."""
-    activation_checkpointing: ActivationCheckpointing = "none"
-    """full: recompute each block's activations in the backward instead of keeping them."""
+    activation_checkpointing: str = "none"
+    """Recompute activations in the backward instead of keeping them: of every block (full), of every n-th (every_2,
+    every_3, ...), of every block but for its matrix products (selective), or of none."""
     optimizer_state_dtype: StateDtype = "float32"
     """How AdamW keeps its moments: 8, 4 or 2 bytes a parameter; the narrow ones round stochastically."""
     log_every_steps: int = 10
     """Steps between two log records; the only moments at which the device is read."""
     eval_every_steps: int = 0
     """Steps between two evaluations (0: only at the end, if there is validation data)."""
+    eval_at_start: bool = False
+    """Evaluate before step 1 as well."""
     eval_max_batches: int = 0
     """Batches per evaluation (0: all)."""
     save_every_steps: int = 0
@@ -101,6 +113,8 @@ class TrainConfig:
     """Stop after this many saves in a row that the disk refused (0: never; training goes on, loudly)."""
     nonfinite: NonfinitePolicy = "skip"
     """What a non-finite loss or gradient does: skip that update, or stop the run. Weights are never touched."""
+    max_nonfinite_in_a_row: int = 100
+    """nonfinite='skip': so many skipped steps one after the other end the run (0: no limit)."""
     preflight: bool = True
     """Check before step 1 that the run can end well: a batch, the disk, the intervals."""
     deterministic: bool = False
@@ -112,17 +126,27 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("max_steps", "max_epochs", "max_tokens", "max_seconds", "global_batch_size", "max_grad_norm",
-                     "lr", "min_lr", "warmup_steps", "weight_decay", "eval_every_steps", "eval_max_batches",
-                     "save_every_steps", "keep_last", "keep_best", "keep_every_steps", "max_save_failures", "seed"):
+        for name in ("max_steps", "max_epochs", "max_tokens", "max_seconds", "global_batch_size",
+                     "global_batch_tokens", "max_grad_norm", "lr", "min_lr", "warmup_steps", "weight_decay",
+                     "eval_every_steps", "eval_max_batches", "save_every_steps", "keep_last", "keep_best", "seed",
+                     "max_nonfinite_in_a_row", "keep_every_steps", "max_save_failures"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("grad_accum_steps", "log_every_steps"):
             _require(self, name, getattr(self, name) >= 1, "must be at least 1")
         for beta in self.betas:
             _require(self, "betas", 0.0 <= beta < 1.0, "each must lie in [0, 1)")
         _require(self, "min_lr", self.min_lr <= self.lr, f"must not exceed lr={self.lr}")
-        _require(self, "grad_accum_steps", self.grad_accum_steps == 1 or self.global_batch_size == 0,
-                 f"derives from global_batch_size={self.global_batch_size}: give one of the two")
+        for total in ("global_batch_size", "global_batch_tokens"):
+            _require(self, "grad_accum_steps", self.grad_accum_steps == 1 or getattr(self, total) == 0,
+                     f"derives from {total}={getattr(self, total)}: give one of the two")
+        _require(self, "global_batch_tokens", not (self.global_batch_tokens and self.global_batch_size),
+                 f"excludes global_batch_size={self.global_batch_size}: give one of the two")
+        _require(self, "warmup_ratio", 0.0 <= self.warmup_ratio < 1.0, "must lie in [0, 1)")
+        _require(self, "warmup_ratio", not (self.warmup_ratio and self.warmup_steps),
+                 f"excludes warmup_steps={self.warmup_steps}: give one of the two")
+        _require(self, "decay_ratio", 0.0 < self.decay_ratio <= 1.0, "must lie in (0, 1]")
+        _require(self, "activation_checkpointing", bool(_RECOMPUTED.fullmatch(self.activation_checkpointing)),
+                 "must be 'none', 'full', 'selective' or 'every_N' with N of at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +345,8 @@ def _check_types(config: Any) -> None:
             _require(config, name, value in choices, f"must be one of {', '.join(map(repr, choices))}")
         elif hint is bool:
             _require(config, name, isinstance(value, bool), "must be true or false")
+        elif hint is str:
+            _require(config, name, isinstance(value, str), "must be a string")
         elif hint is int:
             _require(config, name, whole, "must be a whole number")
         elif hint is float:

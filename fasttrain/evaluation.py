@@ -8,17 +8,23 @@ bit of it. Deliberately left out: generation metrics and task benchmarks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .losses import IGNORE, LossFunction, call_model, flat_logits, split_batch
+from .batches import num_rows, split_rows, to_device
+from .heads import OutputHead, linear_head
+from .losses import IGNORE, LossFunction, call_model, flat_logits, hidden_states, split_batch
 from .ops import cross_entropy
-from .utils import Interrupted, device_of, preserve_rng, seed_all
+from .utils import Interrupted, device_of, is_out_of_memory, preserve_rng, seed_all
+
+_LOGITS_BYTES = 32 << 20
+"""Logits are made and scored in chunks of rows of about this size, where the model can give its hidden states."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,15 @@ class EvalResult:
     """Share of targets that are the model's first choice; None if the model returns no logits."""
     num_targets: int
     """Targets counted."""
+    sets: Mapping[str, EvalResult] = field(default_factory=dict)
+    """Each named set's result, where there are several; the figures above are then the first set's."""
+
+
+@dataclass
+class Pieces:
+    """How finely evaluation batches are divided since memory ran out; lives as long as its owner wants to remember."""
+
+    count: int = 1
 
 
 _END: Any = object()
@@ -48,7 +63,8 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
              device: torch.device | str | None = None,
              autocast: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
              bytes_per_token: float | None = None, interrupted: Callable[[], bool] | None = None,
-             waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext) -> EvalResult:
+             waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+             pieces: Pieces | None = None) -> EvalResult:
     """Scores `model` on every batch of `dataloader` (the first `max_batches` if positive).
 
     Args:
@@ -58,6 +74,10 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
         bytes_per_token: for bits_per_byte (default: `dataloader.dataset.bytes_per_token`, if there is one).
         interrupted: asked after each batch; true raises EvaluationInterrupted.
         waiting: a context around each wait for a batch, such as `Interruption.breakable`.
+        pieces: remembers over calls that batches had to be divided because memory ran out.
+
+    `dataloader` may be a mapping of names to loaders: each is scored (with `max_batches` of its own), the result's
+    `sets` holds them all, and its own figures are those of the first.
 
     A loader with `from_start()` is read from there, one with `set_epoch` from epoch 0, and one that shuffles draws
     from a fixed seed, so two evaluations see the same batches.
@@ -65,7 +85,15 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
     Raises:
         ValueError: no batch, or no target in any.
     """
+    if isinstance(dataloader, Mapping):
+        if not dataloader:
+            raise ValueError("the evaluation data is an empty mapping; it must hold at least one named loader")
+        results = {name: evaluate(model, loader, loss_fn=loss_fn, max_batches=max_batches, device=device,
+                                  autocast=autocast, bytes_per_token=bytes_per_token, interrupted=interrupted,
+                                  waiting=waiting, pieces=pieces) for name, loader in dataloader.items()}
+        return dataclasses.replace(next(iter(results.values())), sets=results)
     place = torch.device(device) if device is not None else device_of(model)
+    pieces = pieces if pieces is not None else Pieces()
     context = autocast if autocast is not None else contextlib.nullcontext
     sums = _Sums(place)
     with preserve_rng(), _eval_mode(model), _position_kept(dataloader), torch.no_grad():
@@ -79,7 +107,7 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
                 if batch is _END:
                     break
                 with context():
-                    sums.add(model, to_device(batch, place), loss_fn)
+                    _add_divided(sums, model, to_device(batch, place), loss_fn, pieces)
                 batches += 1
                 if batches == max_batches:
                     break
@@ -93,17 +121,6 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
     return sums.result(bytes_per_token)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor on `device`, without waiting for the copy; containers keep their kind."""
-    if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
-    if isinstance(batch, dict) or hasattr(batch, "items"):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [to_device(value, device) for value in batch]
-    return batch
-
-
 class _Sums:
     """Running sums, on the device and in float64 so that the order of batches does not show in the result."""
 
@@ -114,28 +131,13 @@ class _Sums:
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.has_accuracy = True
 
-    def add(self, model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> None:
-        if loss_fn is not None:
-            loss_sum, num_targets = loss_fn(model, batch)
-            self.loss += loss_sum
-            self.targets += num_targets
+    def add(self, loss: Tensor, targets: Tensor, correct: Tensor | None) -> None:
+        self.loss += loss
+        self.targets += targets
+        if correct is None:
             self.has_accuracy = False
-            return
-        parts = split_batch(batch)
-        targets = parts.targets.reshape(-1)  # (N,)
-        logits, loss = call_model(model, parts)
-        num_targets = (targets != IGNORE).sum()
-        self.targets += num_targets
-        if loss is not None:
-            self.loss += torch.where(num_targets > 0, loss.to(self.loss.dtype) * num_targets, 0.0)
-        if loss is None or isinstance(logits, Tensor):
-            flat = flat_logits(logits, targets)  # (N, V)
-            self.correct += (flat.argmax(dim=1) == targets).sum()  # an IGNORE target never equals a class id
-            if loss is None:
-                losses = cross_entropy(flat, targets, ignore_index=IGNORE, reduction="none")
-                self.loss += losses.to(self.loss.dtype).sum()
         else:
-            self.has_accuracy = False
+            self.correct += correct
 
     def result(self, bytes_per_token: float | None) -> EvalResult:
         num_targets = int(self.targets)  # the one device read of an evaluation
@@ -149,6 +151,58 @@ class _Sums:
             accuracy=int(self.correct) / num_targets if self.has_accuracy else None,
             num_targets=num_targets,
         )
+
+
+Score = tuple[Tensor, Tensor, "Tensor | None"]
+"""Loss sum, number of targets, number of right first choices (None: unknown) of one batch."""
+
+
+def _add_divided(sums: _Sums, model: nn.Module, batch: Any, loss_fn: LossFunction | None, pieces: Pieces) -> None:
+    """Adds a batch's score, divided into pieces where the whole does not fit; nothing is added before all is known."""
+    while True:
+        try:
+            scores = [_score(model, piece, loss_fn, sums.loss.dtype) for piece in split_rows(batch, pieces.count)]
+            break
+        except Exception as error:
+            if not is_out_of_memory(error) or 2 * pieces.count > num_rows(batch):
+                raise
+        pieces.count *= 2
+        if sums.loss.is_cuda:
+            torch.cuda.empty_cache()
+    for score in scores:
+        sums.add(*score)
+
+
+def _score(model: nn.Module, batch: Any, loss_fn: LossFunction | None, wide: torch.dtype) -> Score:
+    if loss_fn is not None:
+        return (*loss_fn(model, batch), None)
+    parts = split_batch(batch)
+    targets = parts.targets.reshape(-1)  # (N,)
+    num_targets = (targets != IGNORE).sum()
+    head, _ = linear_head(model)
+    if head is not None:
+        return _score_hidden(head, hidden_states(model, head, parts), targets, wide)
+    logits, loss = call_model(model, parts)
+    correct = None
+    if loss is None or isinstance(logits, Tensor):
+        flat = flat_logits(logits, targets)  # (N, V)
+        correct = (flat.argmax(dim=1) == targets).sum()  # an IGNORE target never equals a class id
+        if loss is None:
+            losses = cross_entropy(flat, targets, ignore_index=IGNORE, reduction="none")
+            return losses.to(wide).sum(), num_targets, correct
+    return torch.where(num_targets > 0, loss.to(wide) * num_targets, 0.0), num_targets, correct
+
+
+def _score_hidden(head: OutputHead, hidden: Tensor, targets: Tensor, wide: torch.dtype) -> Score:
+    """The same from hidden states (N, D), without ever holding the logits (N, V) of more than a chunk of rows."""
+    rows = max(1, _LOGITS_BYTES // (4 * head.weight.size(0)))
+    total = torch.zeros((), dtype=wide, device=hidden.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    for start in range(0, targets.numel(), rows):
+        logits, wanted = head.logits(hidden[start:start + rows]), targets[start:start + rows]
+        correct += (logits.argmax(dim=1) == wanted).sum()
+        total += cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none").to(wide).sum()
+    return total, (targets != IGNORE).sum(), correct
 
 
 @contextlib.contextmanager

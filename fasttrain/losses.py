@@ -12,8 +12,6 @@ Legend: B sequences, T positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,8 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import OutputHead, forward_parameters, linear_head
 from .ops import cross_entropy, linear_cross_entropy
 from .utils import unwrap
+
+__all__ = ["IGNORE", "LossFunction", "Parts", "batch_loss", "call_model", "check_is_causal", "linear_head",
+           "split_batch", "shift_left"]
 
 IGNORE = -100
 
@@ -52,35 +54,15 @@ def batch_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     num_targets = (parts.targets != IGNORE).sum()
     head, _ = linear_head(model)
     if head is not None:
-        hidden = flat_hidden(model(parts.input_ids, return_hidden=True, **_accepted(model, parts)), head, parts.targets)
+        hidden = head.scaled(hidden_states(model, head, parts))
         loss_sum = linear_cross_entropy(hidden, head.weight, parts.targets.reshape(-1), ignore_index=IGNORE,
-                                        bias=getattr(head, "bias", None), reduction="sum")
+                                        bias=head.bias, softcap=head.softcap, reduction="sum")
         return loss_sum.float(), num_targets
     logits, loss = call_model(model, parts)
     if loss is not None:
         return torch.where(num_targets > 0, loss.float() * num_targets, 0.0), num_targets
     flat = flat_logits(logits, parts.targets)
     return cross_entropy(flat, parts.targets.reshape(-1), ignore_index=IGNORE, reduction="sum").float(), num_targets
-
-
-def linear_head(model: nn.Module) -> tuple[nn.Linear | nn.Embedding | None, str]:
-    """The module whose weight turns the model's hidden states into logits, or None; and why.
-
-    A model offers one by `forward(..., return_hidden=True)`, which returns hidden states (B, T, D), and
-    `get_output_embeddings()`, the module whose `weight` (V, D) (and `bias`, if any) turns them into exactly its logits.
-    """
-    inner = unwrap(model)
-    name, accepted = type(inner).__name__, forward_parameters(type(inner).forward)
-    if "return_hidden" not in accepted or not hasattr(inner, "get_output_embeddings"):
-        return None, f"{name} does not offer forward(return_hidden=True) and get_output_embeddings()"
-    if "targets" in accepted:
-        return None, f"{name} computes a loss of its own"
-    if any(getattr(wrapper, "find_unused_parameters", False) for wrapper in (model, model._modules.get("_orig_mod"))):
-        return None, "find_unused_parameters=True would take the head for unused"
-    head = inner.get_output_embeddings()  # type: ignore[operator]
-    if type(head) not in (nn.Linear, nn.Embedding):  # a subclass may compute something else with its weight
-        return None, f"the head of {name} is a {type(head).__name__}, not a plain nn.Linear or nn.Embedding"
-    return head, "no logits are made"
 
 
 def split_batch(batch: Any) -> Parts:
@@ -139,12 +121,13 @@ def _accepted(model: nn.Module, parts: Parts) -> dict[str, Any]:
     return {key: value for key, value in parts.extras.items() if key in accepted}
 
 
-def flat_hidden(hidden: Any, head: nn.Linear | nn.Embedding, targets: Tensor) -> Tensor:
-    """Hidden states (..., D) as (N, D), checked against the head and N targets."""
+def hidden_states(model: nn.Module, head: OutputHead, parts: Parts) -> Tensor:
+    """The model's last hidden states as (N, D), checked against the head and N targets."""
+    hidden = head.hidden(model, parts.input_ids, {k: v for k, v in parts.extras.items() if k in head.accepts})
     size = head.weight.size(1)
-    if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (size,) or hidden.numel() != targets.numel() * size:
+    if not isinstance(hidden, Tensor) or hidden.shape[-1:] != (size,) or hidden.numel() != parts.targets.numel() * size:
         raise ValueError(f"the model returned {_describe(hidden)} for return_hidden=True and targets of shape "
-                         f"{tuple(targets.shape)}; it must return hidden states (B, T, {size}), one row for each "
+                         f"{tuple(parts.targets.shape)}; it must return hidden states (B, T, {size}), one row for each "
                          f"target, {size} being what its get_output_embeddings().weight takes")
     return hidden.reshape(-1, size)
 
@@ -161,12 +144,6 @@ def flat_logits(logits: Any, targets: Tensor) -> Tensor:
     return flat
 
 
-@functools.lru_cache(maxsize=64)
-def forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    """Names that a module class's forward takes."""
-    return frozenset(inspect.signature(forward).parameters)
-
-
 def check_is_causal(model: nn.Module) -> None:
     """Refuses a Hugging Face model with another objective than next-token prediction, which would train without
     an error and learn the wrong thing.
@@ -181,6 +158,10 @@ def check_is_causal(model: nn.Module) -> None:
         kind = "an encoder-decoder" if encoder_decoder else f"trained with the loss {objective!r}"
         raise ValueError(f"{type(inner).__name__} is {kind}, not a causal language model; pass "
                          "loss_fn(model, batch) -> (loss_sum, num_targets)")
+    if getattr(getattr(inner, "config", None), "output_router_logits", False) is True:
+        raise ValueError(f"{type(inner).__name__} adds a router loss to its own loss (config.output_router_logits), "
+                         "which next-token cross-entropy would drop; set it to False, or pass loss_fn(model, batch) -> "
+                         "(loss_sum, num_targets)")
 
 
 def _describe(value: Any) -> str:

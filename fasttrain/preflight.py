@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .assembly import check_limits, planned_steps
 from .batch_stream import iter_is_self, peek_batches
+from .batches import to_device
 from .config import TrainConfig
-from .evaluation import EvalResult, to_device
+from .evaluation import EvalResult
 from .state import TrainState
 from .storage import free_bytes
 from .training_loop import Parts

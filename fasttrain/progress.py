@@ -78,12 +78,23 @@ class Progress(Callback):
             parts.append(f"accuracy {result.accuracy:.1%}")
         best = " (best so far)" if state.counters.best_step == state.step else ""
         self.log("  ".join(parts) + best)
+        for name, part in result.sets.items():
+            self.log(f"  {name}: loss {part.loss:.4f}  perplexity {part.perplexity:.4g}  {part.num_targets:,} targets")
 
     def on_nonfinite(self, state: TrainState) -> None:
         counters = state.counters
         if counters.nonfinite_in_a_row <= 3 or counters.nonfinite_steps % 100 == 0:
             self.log(f"warning: step {state.step} is not finite (loss {counters.last_loss:.4g}, gradient norm "
                      f"{counters.last_grad_norm:.4g}); its update was skipped, {counters.nonfinite_steps} so far")
+
+    def on_event(self, state: TrainState, kind: str, details: Mapping[str, Any]) -> None:
+        if kind == "out_of_memory":
+            self.log(f"warning: out of memory in step {state.step + 1}: micro-batches are now divided into "
+                     f"{details['pieces']} pieces of {details['sequences']} sequences, for the rest of the run; the "
+                     "step is done again and computes the same")
+        elif kind == "rewind":
+            self.log(f"rewound from step {details['from_step']} to {details['checkpoint']}; batches passed over "
+                     f"(epoch, after, up to): {details['passed_over']}")
 
     def on_save(self, state: TrainState, path: Path) -> None:
         self.log(f"step {state.step}  saved {path}")

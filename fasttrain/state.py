@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class Counters:
     """How many of the latest steps were non-finite."""
     empty_steps: int = 0
     """Steps without a single target: nothing to learn, no update."""
+    last_was_empty: bool = False
+    """Whether the latest step was one of them."""
     best_val_loss: float = math.inf
     """Lowest validation loss so far, nats per target."""
     best_step: int = 0
@@ -54,6 +56,10 @@ class Counters:
     """Latest validation loss."""
     last_eval_step: int = -1
     """Where that was."""
+    num_pieces: int = 1
+    """Pieces that each micro-batch is divided into since memory ran out; 1: it never did."""
+    rewinds: int = 0
+    """How often the run went back to a checkpoint after a loss spike."""
     interval_loss: float = 0.0
     """Sum of target losses since the last log record, over finite steps."""
     interval_targets: int = 0
@@ -70,6 +76,13 @@ class Counters:
     """Mean loss of the latest step, as it was: NaN stays NaN."""
 
 
+class Drawn(NamedTuple):
+    """A micro-batch as the loss saw it, with the generators' states just before: enough to compute it again."""
+
+    batch: Any
+    generators: tuple[Tensor, Tensor | None]
+
+
 @dataclass
 class Window:
     """The accumulation window: sums over the micro-batches since the last update, kept on the device."""
@@ -79,6 +92,8 @@ class Window:
     num_targets: Tensor | None = None  # () int64
     most_targets: int = 0
     """Upper bound on `num_targets`, known to the host."""
+    drawn: list[Drawn] = field(default_factory=list)
+    """The micro-batches themselves; after a resume inside a window, those since then."""
 
     def add(self, loss_sum: Tensor, num_targets: Tensor, most_targets: int) -> None:
         first = self.loss_sum is None or self.num_targets is None
@@ -88,7 +103,7 @@ class Window:
         self.most_targets += most_targets
 
     def clear(self) -> None:
-        self.micro_step, self.loss_sum, self.num_targets, self.most_targets = 0, None, None, 0
+        self.micro_step, self.loss_sum, self.num_targets, self.most_targets, self.drawn = 0, None, None, 0, []
 
 
 @dataclass(frozen=True)
@@ -101,21 +116,23 @@ class Pending:
     arrived: torch.cuda.Event | None
     most_targets: int
     """Upper bound on the number of targets, known without asking the device."""
+    drawn: Sequence[Drawn] = ()
+    """The step's micro-batches."""
 
     @classmethod
-    def of(cls, *scalars: Tensor, most_targets: int) -> Pending:
+    def of(cls, *scalars: Tensor, most_targets: int, drawn: Sequence[Drawn] = ()) -> Pending:
         device = scalars[0].device
         if on_host(device):
-            return cls([read_scalar(scalar) for scalar in scalars], None, most_targets)
+            return cls([read_scalar(scalar) for scalar in scalars], None, most_targets, drawn)
         wide = torch.float32 if device.type == "mps" else torch.float64
         values = torch.stack([scalar.to(device, wide) for scalar in scalars])
         if device.type != "cuda":
-            return cls(values, None, most_targets)
+            return cls(values, None, most_targets, drawn)
         host = torch.empty(len(scalars), dtype=wide, pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
-        return cls(host, event, most_targets)
+        return cls(host, event, most_targets, drawn)
 
     def read(self) -> Sequence[float]:
         if self.arrived is not None:
@@ -137,6 +154,12 @@ class TrainState:
     window: Window = field(default_factory=Window)
     pending: Pending | None = None
     """The latest step's numbers until `training_loop.settle` has booked them; None whenever a checkpoint is taken."""
+    judged: Sequence[Drawn] = ()
+    """The micro-batches of the step that was booked last."""
+    requests: set[str] = field(default_factory=set)
+    """What callbacks want of the loop after this step: save, evaluate or rewind."""
+    blamed: tuple[tuple[int, int], tuple[int, int]] | None = None
+    """For a rewind: from which to which position (epoch, batches of it) the data are passed over from now on."""
     stop_reason: str = ""
     """Why the run should end after this step (empty: it should not). Any part may set it; the first reason stays."""
 
@@ -147,6 +170,12 @@ class TrainState:
     def request_stop(self, reason: str) -> None:
         """Asks the loop to end after the current step; requests are OR-ed."""
         self.stop_reason = self.stop_reason or reason
+
+    def take_request(self, name: str) -> bool:
+        """Whether `name` was asked for; asked again, the answer is no."""
+        wanted = name in self.requests
+        self.requests.discard(name)
+        return wanted
 
     def tokens_seen_exactly(self, limit: int) -> int:
         """Target tokens so far, for a comparison with `limit`: the step still under way is waited for only where it

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,23 +21,26 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from . import assembly
+from . import assembly, summary
 from .amp import choose_policy
+from .averaging import averaged_weights
 from .batch_stream import BatchStream, peek_batches
 from .callbacks import Hooks, JsonlLogger, Run
+from .capsule import NonfiniteRecorder
 from .checkpointing import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     read_manifest,
+    verify_checkpoint,
 )
 from .config import TrainConfig, load_config
-from .evaluation import EvalResult, evaluate
+from .evaluation import EvalResult, Pieces, evaluate
 from .generation import generate
 from .losses import LossFunction, batch_loss, check_is_causal
 from .optimizations import Optimization, apply_optimizations
 from .preflight import PreflightReport, preflight
-from .progress import Progress, print_report, time_report
+from .progress import Progress, print_report
 from .result import TrainResult
 from .saver import CheckpointSaver
 from .schedules import build_scheduler
@@ -47,13 +51,16 @@ from .training_loop import Parts, fit, limit_reached, settle
 from .utils import Interruption, PhaseClock, format_duration, seed_all, unwrap
 from .verification import Verification, verify_batch_math, verify_resume
 
+__all__ = ["TrainResult", "Trainer"]
+
 
 class Trainer:
     """Holds the parts of a run between calls. See the module's docstring and `TrainConfig`.
 
     Args:
         model: any nn.Module that returns logits, (logits, loss), or an object or dict with `.logits`/`.loss`.
-        train_dataloader, val_dataloader: any iterables of batches (see `losses.py` for the forms of a batch).
+        train_dataloader, val_dataloader: any iterables of batches (see `losses.py` for the forms of a batch);
+            val_dataloader may be a dict of named ones, the first of which decides about the best checkpoint.
         optimizer, scheduler: any of torch's; built from the config if None.
         config: TrainConfig, a dict of its fields, or the path of a TOML or JSON file.
         checkpoint_dir: where checkpoints, metrics.jsonl and samples go; None writes nothing.
@@ -94,6 +101,7 @@ class Trainer:
         """Built at the first need; None until then."""
         self._checkpoint: Path | None = None
         self._saver: CheckpointSaver | None = None
+        self._eval_pieces = Pieces()
         Hooks(self.callbacks)  # refuses what is no callback now rather than in train()
 
     def train(self, resume: str | Path | bool | None = "auto") -> TrainResult:
@@ -140,7 +148,8 @@ class Trainer:
                              "with a .tokenizer, or load a checkpoint that holds one")
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         options.update({name: value for name, value in given.items() if value is not None})
-        return generate(unwrap(self.model), prompt, tokenizer=self.tokenizer, **options)
+        with averaged_weights(self.callbacks):
+            return generate(unwrap(self.model), prompt, tokenizer=self.tokenizer, **options)
 
     def save_checkpoint(self) -> Path:
         """Writes the whole training state to `checkpoint_dir` and returns the checkpoint's directory."""
@@ -206,8 +215,12 @@ class Trainer:
     def _parts(self) -> Parts:
         return Parts(loss_fn=self.loss_fn or batch_loss, autocast=self.amp.autocast)
 
-    def _resolved(self) -> TrainConfig:
+    @functools.cached_property
+    def _with_accumulation(self) -> TrainConfig:
         return assembly.resolve_accumulation(self.config, self.train_dataloader or ())
+
+    def _resolved(self) -> TrainConfig:
+        return self._with_accumulation
 
     def _built_state(self) -> TrainState:
         if self.state is None:
@@ -274,15 +287,17 @@ class Trainer:
         loader = dataloader if dataloader is not None else self.val_dataloader
         if loader is None:
             raise ValueError("evaluate() needs data: pass a dataloader, or Trainer(..., val_dataloader=...)")
-        return evaluate(unwrap(self.model), loader, loss_fn=self.loss_fn, device=self.device,
-                        autocast=self.amp.autocast,
-                        max_batches=self.config.eval_max_batches if max_batches is None else max_batches,
-                        interrupted=None if interruption is None else interruption.__bool__,
-                        waiting=contextlib.nullcontext if interruption is None else interruption.breakable)
+        with averaged_weights(self.callbacks):
+            return evaluate(unwrap(self.model), loader, loss_fn=self.loss_fn, device=self.device,
+                            autocast=self.amp.autocast, pieces=self._eval_pieces,
+                            max_batches=self.config.eval_max_batches if max_batches is None else max_batches,
+                            interrupted=None if interruption is None else interruption.__bool__,
+                            waiting=contextlib.nullcontext if interruption is None else interruption.breakable)
 
     def _run(self, state: TrainState, interruption: Interruption, clock: PhaseClock) -> str:
         config = self._resolved()
-        own = [] if any(isinstance(callback, JsonlLogger) for callback in self.callbacks) else [JsonlLogger()]
+        own = [kind() for kind in (JsonlLogger, NonfiniteRecorder)
+               if not any(isinstance(callback, kind) for callback in self.callbacks)]
         saver = None if self.checkpoint_dir is None else CheckpointSaver(
             self.checkpoint_dir, self.config, log=self.progress.log)
         self._saver = saver
@@ -301,12 +316,15 @@ class Trainer:
         parts = dataclasses.replace(
             self._parts(), hooks=hooks, clock=clock,
             evaluate=None if self.val_dataloader is None else lambda: self._evaluate(None, interruption),
-            save=None if saver is None else save, interrupted=interruption.__bool__)
+            save=None if saver is None else save, interrupted=interruption.__bool__,
+            rewind=None if saver is None else lambda: self._rewind(state, saver, hooks))
         continued = self.resumed_from is not None or state.step > 0 or state.window.micro_step > 0
         run = Run(config, self.checkpoint_dir, state.step if continued else None,
                   assembly.planned_steps(config, self.train_dataloader or ()), self.progress.log,
                   None if self.tokenizer is None else assembly.breakable_generation(
-                      unwrap(self.model), self.tokenizer, interruption))
+                      unwrap(self.model), self.tokenizer, interruption, self.callbacks),
+                  lambda kind, details: hooks.fire("on_event", state, kind, details), self._loss,
+                  checkpoint=lambda: self._checkpoint)
         hooks.fire("on_train_start", state, run)
         try:
             if saver is not None:
@@ -327,38 +345,41 @@ class Trainer:
     def _metadata(self, state: TrainState) -> dict[str, Any]:
         return assembly.checkpoint_metadata(state, self.config, self.amp.dtype, self.tokenizer)
 
+    def _loss(self, model: nn.Module, batch: Any) -> Any:
+        with self.amp.autocast():
+            return (self.loss_fn or batch_loss)(model, batch)
+
+    def _rewind(self, state: TrainState, saver: CheckpointSaver, hooks: Hooks) -> None:
+        """Back to the newest good checkpoint before the blamed batches, which are passed over from then on."""
+        assert self.checkpoint_dir is not None
+        step, blamed, skipped, rewinds = state.step, state.blamed, state.stream.skipped, state.counters.rewinds
+        saver.collect(wait=True)
+        good = next((path for path in reversed(list_checkpoints(self.checkpoint_dir))
+                     if int(path.name.removeprefix("step-")) < step and not verify_checkpoint(path)), None)
+        if good is None:
+            state.request_stop(f"step {step} was to be undone, and {str(self.checkpoint_dir)!r} has no good checkpoint "
+                               "from before it; set save_every_steps")
+            return
+        state.restore(load_checkpoint(good))
+        state.stream.skipped, state.counters.rewinds, state.blamed = skipped, rewinds + 1, None
+        if blamed is not None:
+            state.stream.skip(*blamed)
+        self._checkpoint = good
+        hooks.fire("on_event", state, "rewind", {"from_step": step, "checkpoint": good.name,
+                                                 "passed_over": [list(entry) for entry in state.stream.skipped]})
+
     def _print_startup(self, state: TrainState, checked: PreflightReport | None) -> None:
-        config, loader = self._resolved(), self.train_dataloader or ()
-        steps, tokens = assembly.planned_steps(config, loader), assembly.tokens_per_step(config, loader)
-        rows = [
-            ("device", str(self.device)),
-            ("precision", f"{str(self.amp.dtype).removeprefix('torch.')}: {self.amp.reason}"),
-            ("parameters", assembly.describe_parameters(self.model)),
-            ("step", f"{config.grad_accum_steps} micro-batches" + (f", {tokens:,} tokens" if tokens else "")),
-            ("steps", f"{steps:,}" if steps else "until the data, max_tokens or max_seconds end the run"),
-            ("optimizer", type(state.optimizer).__name__),
-            ("resumed from", str(self.resumed_from or "nothing: a fresh run")),
-            *((item.name, f"{'on' if item.on else 'off'}: {item.reason}") for item in self.optimizations),
-            *(checked.rows() if checked is not None else ()),
-        ]
+        rows = summary.startup_rows(state, self._resolved(), self.amp, self.resumed_from, self.optimizations, checked)
         print_report(f"fasttrain: {type(unwrap(self.model)).__name__}", rows, self.progress.stream)
 
     def _finish(self, state: TrainState, status: str, interruption: Interruption, clock: PhaseClock) -> TrainResult:
-        counters, seconds = state.counters, sum(clock.seconds.values())
-        served: list[tuple[str, str]] = []
+        served = ""
         reason = state.stop_reason or state.stream.end_reason or "the limit of the config was reached"
         if status == "interrupted":
             reason = f"{interruption.requested}; run the same command again to continue"
-            served = [("signal", f"{interruption.requested}, {'checkpoint durable' if self._checkpoint else 'left'} "
-                                 f"{format_duration(interruption.seconds)} later")]
-        print_report(f"{status} at step {state.step}: {reason}", [
-            *served,
-            ("time", format_duration(seconds)), *time_report(clock.seconds),
-            ("checkpoint", str(self._checkpoint or "none"))], self.progress.stream)
-        evaluated = counters.last_eval_step >= 0
-        return TrainResult(
-            status=status, step=state.step, tokens_seen=counters.tokens_seen, train_loss=counters.train_loss,
-            val_loss=counters.last_val_loss if evaluated else None,
-            best_val_loss=counters.best_val_loss if evaluated else None, checkpoint=self._checkpoint,
-            nonfinite_steps=counters.nonfinite_steps, seconds=seconds, time_by_phase=dict(clock.seconds), reason=reason,
-            exit_code=128 + getattr(signal, interruption.requested) if status == "interrupted" else 0)
+            served = f"{interruption.requested}, {'checkpoint durable' if self._checkpoint else 'left'} " \
+                     f"{format_duration(interruption.seconds)} later"
+        exit_code = 128 + getattr(signal, interruption.requested) if status == "interrupted" else 0
+        result = summary.result_of(state, status, reason, self._checkpoint, clock.seconds, exit_code)
+        print_report(f"{status} at step {state.step}: {reason}", summary.end_rows(result, served), self.progress.stream)
+        return result

@@ -23,18 +23,25 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .batch_stream import BatchStream
+from .batches import most_elements, num_rows, split_rows, to_device
 from .callbacks import Hooks
 from .config import TrainConfig
-from .evaluation import EvalResult, to_device
+from .evaluation import EvalResult
 from .losses import LossFunction, batch_loss
 from .ops.adamw import AdamW, global_norm
-from .state import Pending, TrainState
-from .utils import Interrupted, PhaseClock, device_of, on_host, read_scalar
+from .state import Drawn, Pending, TrainState
+from .utils import (
+    Interrupted,
+    PhaseClock,
+    device_of,
+    draw_state,
+    is_out_of_memory,
+    on_host,
+    read_scalar,
+    set_draw_state,
+)
 
 __all__ = ["BatchStream", "Parts", "TrainState", "fit", "train_step"]
-
-MAX_NONFINITE_IN_A_ROW = 100
-"""With nonfinite='skip', so many skipped steps one after the other end the run: nothing is being learnt."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Parts:
     """Scores the model on the validation data."""
     save: Callable[[], None] | None = None
     """Writes a checkpoint of the state."""
+    rewind: Callable[[], None] | None = None
+    """Goes back to the last good checkpoint and passes over the batches since then that a callback blamed."""
     interrupted: Callable[[], Any] = bool
     """True once the process was asked to end; asked after every micro-batch. (`bool()` is False.)"""
 
@@ -66,22 +75,25 @@ def fit(state: TrainState, config: TrainConfig, parts: Parts | None = None) -> s
     interrupted = bool(parts.interrupted())
     saved_step = state.step if state.step else -1
     # A signal may have cut off the evaluation that was due where the checkpoint was taken.
-    if parts.evaluate is not None and state.step and due(state.step, config.eval_every_steps) \
-            and state.counters.last_eval_step != state.step:
+    owed = due(state.step, config.eval_every_steps) if state.step else config.eval_at_start
+    if parts.evaluate is not None and owed and state.counters.last_eval_step != state.step:
         interrupted = not run_evaluation(state, config, parts, parts.evaluate)
     while not (interrupted or state.stop_reason or limit_reached(state, config, clock)):
         if not train_step(state, config, parts):  # the data are over, or a signal came inside the window
             interrupted = bool(parts.interrupted())
             break
         hooks.fire("on_step", state)
+        if state.take_request("rewind"):
+            rewind(state, config, parts)
+            continue
         if due(state.step, config.log_every_steps):
             log(state, config, parts)
-        if parts.evaluate is not None and due(state.step, config.eval_every_steps):
+        if parts.evaluate is not None and (state.take_request("evaluate") or due(state.step, config.eval_every_steps)):
             interrupted = not run_evaluation(state, config, parts, parts.evaluate)
         interrupted = interrupted or bool(parts.interrupted())
         if state.stop_reason or interrupted or limit_reached(state, config, clock):
             break  # the last checkpoint comes after the last evaluation
-        if parts.save is not None and due(state.step, config.save_every_steps):
+        if parts.save is not None and (state.take_request("save") or due(state.step, config.save_every_steps)):
             save(state, config, parts, parts.save)
             saved_step = state.step
     settle(state, config, parts)
@@ -106,26 +118,81 @@ def train_step(state: TrainState, config: TrainConfig, parts: Parts) -> bool:
     device, window, clock = device_of(state.model), state.window, parts.clock
     while window.micro_step < config.grad_accum_steps:
         clock.mark("other")
+        epoch = state.stream.epoch
         batch = state.stream.next_batch()
+        clock.mark("data")
+        if state.stream.epoch != epoch:
+            parts.hooks.fire("on_epoch_end", state, epoch)
         if batch is None:
             if window.micro_step == 0 or parts.interrupted():
                 return False
             break  # the data end inside a window: a shorter step, exact because targets are counted
         batch = to_device(batch, device)
-        clock.mark("data")
-        with parts.autocast():
-            loss_sum, num_targets = parts.loss_fn(state.model, batch)
-        (loss_sum if state.scaler is None else state.scaler.scale(loss_sum)).backward()  # type: ignore[no-untyped-call]
-        window.add(loss_sum.detach(), num_targets, most_elements(batch))
+        clock.mark("transfer")
+        accumulate(state, parts, Drawn(batch, draw_state(device)))
         clock.mark("forward_backward")
         if parts.interrupted() and window.micro_step < config.grad_accum_steps:
             return False
+    parts.hooks.fire("on_gradients", state)
     settle(state, config, parts)  # the verdict on the step before decides this one's learning rate
     apply_update(state, config)
     if on_host(device):  # reading host memory waits for nothing, so there is no reason to lag behind
         settle(state, config, parts)
     clock.mark("optimizer")
     return True
+
+
+def accumulate(state: TrainState, parts: Parts, drawn: Drawn) -> None:
+    """Adds one micro-batch to the window: gradients of its summed loss, that sum, and the number of targets. Where
+    memory does not suffice, the window so far is done again in smaller pieces."""
+    state.window.drawn.append(drawn)
+    try:
+        loss_sum, num_targets = forward_backward(state, parts, drawn.batch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = str(error)
+    else:
+        state.window.add(loss_sum, num_targets, most_elements(drawn.batch))
+        return
+    # Outside of the handler: the traceback held the failed pass's activations.
+    redo_in_smaller_pieces(state, parts, problem)
+
+
+def forward_backward(state: TrainState, parts: Parts, batch: Any) -> tuple[Tensor, Tensor]:
+    """(loss sum, number of targets) of a micro-batch; sums over its pieces where there are several."""
+    sums: tuple[Tensor, Tensor] | None = None
+    for piece in split_rows(batch, state.counters.num_pieces) if state.counters.num_pieces > 1 else (batch,):
+        with parts.autocast():
+            loss_sum, num_targets = parts.loss_fn(state.model, piece)
+        (loss_sum if state.scaler is None else state.scaler.scale(loss_sum)).backward()  # type: ignore[no-untyped-call]
+        loss_sum = loss_sum.detach()
+        sums = (loss_sum, num_targets) if sums is None else (sums[0] + loss_sum, sums[1] + num_targets)
+    assert sums is not None
+    return sums
+
+
+def redo_in_smaller_pieces(state: TrainState, parts: Parts, problem: str) -> None:
+    """Computes the open window again with every micro-batch divided twice as finely, and keeps it so for the rest of
+    the run. The failed pass may have added some of its gradients, so all of the window's start anew; one denominator
+    for the whole window makes the pieces' sum the same step."""
+    window, counters, device = state.window, state.counters, device_of(state.model)
+    drawn, rows = window.drawn, max(num_rows(drawn.batch) for drawn in window.drawn)
+    if 2 * counters.num_pieces > max(rows, 1) or window.micro_step != len(drawn) - 1:
+        why = f"one sequence of {rows} at a time is still too much" if window.micro_step == len(drawn) - 1 else \
+            "the window was opened before a resume and cannot be done again"
+        raise torch.OutOfMemoryError(f"out of memory in step {state.step + 1}, and {why}; use shorter sequences, "
+                                     f"smaller batches or activation_checkpointing='full'. The allocator: {problem}")
+    counters.num_pieces *= 2
+    parts.hooks.fire("on_event", state, "out_of_memory", {
+        "pieces": counters.num_pieces, "sequences": -(-rows // counters.num_pieces), "problem": problem})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    state.optimizer.zero_grad(set_to_none=True)
+    window.clear()
+    for each in drawn:
+        set_draw_state(each.generators, device)
+        accumulate(state, parts, each)
 
 
 def apply_update(state: TrainState, config: TrainConfig) -> None:
@@ -142,7 +209,8 @@ def apply_update(state: TrainState, config: TrainConfig) -> None:
     if norm is None or skipped is None:
         raise ValueError("no parameter that the optimizer holds received a gradient; check that the loss depends on "
                          "the model's trainable parameters and that the optimizer was given them")
-    state.pending = Pending.of(window.loss_sum, window.num_targets, norm, skipped, most_targets=window.most_targets)
+    state.pending = Pending.of(window.loss_sum, window.num_targets, norm, skipped, most_targets=window.most_targets,
+                               drawn=window.drawn)
     window.clear()
     state.counters.step += 1
 
@@ -194,9 +262,10 @@ def settle(state: TrainState, config: TrainConfig, parts: Parts) -> None:
     if state.pending is None:
         return
     loss_sum, num_targets, norm, skipped = state.pending.read()
-    state.pending = None
+    state.judged, state.pending = state.pending.drawn, None
     counters = state.counters
     counters.tokens_seen += int(num_targets)
+    counters.last_was_empty = not num_targets
     counters.last_grad_norm, counters.last_lr = norm, float(state.optimizer.param_groups[0]["lr"])
     counters.last_loss = loss_sum / num_targets if num_targets else math.nan
     if not skipped:
@@ -215,8 +284,8 @@ def settle(state: TrainState, config: TrainConfig, parts: Parts) -> None:
         overflow = state.scaler is not None and math.isfinite(loss_sum)
         if config.nonfinite == "stop" and not overflow:
             state.request_stop(f"non-finite loss or gradient at step {state.step} (nonfinite='stop')")
-        elif counters.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
-            state.request_stop(f"{MAX_NONFINITE_IN_A_ROW} non-finite steps in a row, the last at step {state.step}")
+        elif 0 < config.max_nonfinite_in_a_row <= counters.nonfinite_in_a_row:
+            state.request_stop(f"{counters.nonfinite_in_a_row} non-finite steps in a row, the last step {state.step}")
         parts.hooks.fire("on_nonfinite", state)
 
 
@@ -234,6 +303,7 @@ def log(state: TrainState, config: TrainConfig, parts: Parts) -> None:
         "tokens": counters.tokens_seen,
         "nonfinite": counters.interval_nonfinite,
         "nonfinite_steps": counters.nonfinite_steps,
+        "empty_steps": counters.empty_steps,
         "seconds": clock.elapsed(),
         "phase_seconds": dict(clock.seconds),
     }
@@ -263,6 +333,16 @@ def run_evaluation(state: TrainState, config: TrainConfig, parts: Parts, evaluat
     return True
 
 
+def rewind(state: TrainState, config: TrainConfig, parts: Parts) -> None:
+    """Goes back to a checkpoint, or stops where there is none."""
+    settle(state, config, parts)
+    if parts.rewind is None:
+        state.request_stop(f"a callback asked to rewind at step {state.step}, and there is no checkpoint_dir")
+    else:
+        parts.rewind()
+    parts.clock.mark("other")
+
+
 def save(state: TrainState, config: TrainConfig, parts: Parts, write: Callable[[], None]) -> None:
     settle(state, config, parts)
     parts.clock.mark("other")
@@ -288,11 +368,3 @@ def adopt_clipping(state: TrainState, config: TrainConfig) -> None:
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def most_elements(batch: Any) -> int:
-    """Elements of the batch's largest tensor: no loss has more targets than that."""
-    if isinstance(batch, Tensor):
-        return batch.numel()
-    values = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, (tuple, list)) else ()
-    return max((most_elements(value) for value in values), default=0)

@@ -182,6 +182,47 @@ def device_of(model: nn.Module) -> torch.device:
 _HOST_DEVICES = ("cpu",)
 
 
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Passes forward and backward inside leave no trace: gradients (none inside, at first), buffers (a batch norm's
+    averages), each module's mode and the global generators are put back. Costs a copy of the buffers."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for p, _ in gradients:
+            p.grad = None
+        with preserve_rng():
+            yield
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, mode in modes:
+            module.training = mode
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: CUDA's error, PyTorch's CPU allocator (a plain RuntimeError), or Python's own."""
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text))
+
+
+def draw_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The states of the generators that a forward pass draws from (dropout): the CPU's and the device's own."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_draw_state(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Puts back what `draw_state` returned."""
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
+
+
 def on_host(device: torch.device) -> bool:
     """Whether a tensor there is memory that Python can look at without waiting for queued work."""
     return device.type in _HOST_DEVICES

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .batch_stream import iter_is_self
+from .batches import num_rows, split_rows, tensors_of, to_device
 from .callbacks import Hooks
 from .checkpointing import load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .evaluation import to_device
 from .state import TrainState
 from .training_loop import Parts, fit
 from .utils import device_of, preserve_rng, seed_all, unwrap
@@ -93,12 +92,11 @@ def verify_batch_math(model: nn.Module, loss_fn: Callable[[nn.Module, Any], tupl
     gradient, is named: such a loss looks across the rows of a batch, or does not return (sum, count).
     """
     batch = to_device(batch, device_of(model))
-    rows = _num_rows(batch)
+    rows = num_rows(batch)
     parts = min(num_parts or rows, rows)
     if parts < 2:
         raise ValueError(f"verify_batch_math needs a batch of at least 2 rows to divide; this one has {rows}")
-    bounds = [rows * index // parts for index in range(parts + 1)]
-    pieces = [_take_rows(batch, start, end, rows) for start, end in itertools.pairwise(bounds)]
+    pieces = split_rows(batch, parts)
     with _undisturbed(model):
         whole, whole_count = _gradient(model, loss_fn, [batch], autocast)
         split, split_count = _gradient(model, loss_fn, pieces, autocast)
@@ -143,7 +141,7 @@ def _train(state: TrainState, config: TrainConfig, parts: Parts, steps: int, see
     """`steps` more steps; appends a digest of every batch."""
     def watched(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         digest = hashlib.sha256()
-        for tensor in _tensors(batch):
+        for tensor in tensors_of(batch):
             digest.update(_bytes_of(tensor))
         seen.append(digest.hexdigest())
         return parts.loss_fn(model, batch)
@@ -194,31 +192,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
         for module, mode in modes:
             module.training = mode
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for key in batch:
-            yield from _tensors(batch[key])
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            yield from _tensors(value)
-
-
-def _num_rows(batch: Any) -> int:
-    return next((tensor.size(0) for tensor in _tensors(batch) if tensor.dim()), 0)
-
-
-def _take_rows(batch: Any, start: int, end: int, rows: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[start:end] if batch.dim() and batch.size(0) == rows else batch
-    if isinstance(batch, Mapping):
-        return {key: _take_rows(value, start, end, rows) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [_take_rows(value, start, end, rows) for value in batch]
-    return batch
 
 
 def _bytes_of(tensor: Tensor) -> bytes:

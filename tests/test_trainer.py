@@ -427,8 +427,9 @@ def _failing(match: str, **changes: Any) -> Any:
     _failing("no limit", max_steps=0),
     _failing("cannot be derived", max_steps=0, max_seconds=1.0),
     _failing("must be below the run's 6 steps", warmup_steps=6),
-    _failing("no batch_size", global_batch_size=8, loader=[tokens(LENGTH).view(1, LENGTH)]),
-    _failing("multiple of the loader's batch_size=2", global_batch_size=3),
+    _failing("nor can be read twice", global_batch_size=8, loader=iter([tokens(LENGTH).view(1, LENGTH)])),
+    _failing("multiple of the loader's batch of 16 tokens", global_batch_tokens=24),
+    _failing("multiple of the loader's batch of 2 sequences", global_batch_size=3),
 ])
 def test_what_cannot_be_trained_is_refused_with_a_reason(match: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=match):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tiny_runs import (
     one_thread,  # noqa: F401
     plain_loader,
     tiny_gpt,
+    tiny_trainer,
     token_loader,
     tokens,
 )
@@ -33,7 +35,7 @@ from fasttrain.losses import IGNORE
 from fasttrain.ops.adamw import AdamW
 from fasttrain.schedules import build_scheduler, lr_factor
 from fasttrain.state import TrainState
-from fasttrain.training_loop import MAX_NONFINITE_IN_A_ROW, Parts, fit
+from fasttrain.training_loop import Parts, fit
 from fasttrain.verification import first_difference
 
 X = tokens(12 * LENGTH).view(12, LENGTH)
@@ -219,7 +221,7 @@ def test_the_policy_stop_ends_the_run_with_the_reason() -> None:
 def test_nothing_but_non_finite_steps_ends_the_run() -> None:
     state = make_state([batch(0)], Poisoned("loss"))
     assert fit(state, TrainConfig(max_steps=10**6)) == "stopped"
-    assert state.step == MAX_NONFINITE_IN_A_ROW
+    assert state.step == 100
 
 
 @pytest.mark.parametrize("optimizer", [None, sgd])
@@ -438,3 +440,118 @@ def test_logits_learn_a_bigram_rule_to_the_end() -> None:
     state = make_state(plain_loader(6))
     fit(state, TrainConfig(max_steps=250))
     assert state.counters.train_loss < 0.1 < math.log(VOCAB)
+
+
+def test_wsd_is_flat_and_falls_at_the_end_and_inverse_sqrt_keeps_falling() -> None:
+    wsd = [lr_factor(step, schedule="wsd", warmup_steps=2, max_steps=20, floor=0.1, decay_ratio=0.25)
+           for step in range(22)]
+    assert wsd[:15] == pytest.approx([0.5, *[1.0] * 14]) and wsd[14] == 1.0 > wsd[15]
+    assert wsd[19:] == pytest.approx([0.1] * 3)
+    assert [a - b for a, b in itertools.pairwise(wsd[14:20])] == pytest.approx([0.18] * 5)
+    root = [lr_factor(step, schedule="inverse_sqrt", warmup_steps=4, max_steps=0, floor=0.2) for step in range(200)]
+    assert root[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert root[15] == pytest.approx(0.5) and root[35] == pytest.approx(1 / 3) and root[199] == 0.2
+
+
+def test_a_warmup_ratio_is_a_share_of_the_planned_steps() -> None:
+    def rates(**config: Any) -> list[float]:
+        optimizer = torch.optim.SGD(Bigram().parameters(), lr=1.0)
+        scheduler = build_scheduler(optimizer, TrainConfig(lr=1.0, schedule="constant", **config), max_steps=10)
+        seen = []
+        for _ in range(4):
+            seen += scheduler.get_last_lr()
+            optimizer.step()
+            scheduler.step()
+        return seen
+
+    assert rates(warmup_ratio=0.3) == rates(warmup_steps=3) == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"warmup_ratio is 0\.3, which needs the number of steps"):
+        build_scheduler(torch.optim.SGD(Bigram().parameters()), TrainConfig(warmup_ratio=0.3, schedule="constant"), 0)
+
+
+SCHEDULERS: dict[str, Any] = {
+    "OneCycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+    "warm restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "sequence": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=2), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
+        milestones=[2]),
+    "multi-step": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4], 0.5),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_any_torch_scheduler_steps_once_an_update_and_resumes(name: str, tmp_path: Path) -> None:
+    def run(directory: Path, steps: int) -> list[float]:
+        model, rates = Bigram(), []
+
+        class Rates(Callback):
+            def on_step(self, state: TrainState) -> None:
+                rates.append(state.counters.last_lr)
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        tiny_trainer(directory, model=model, optimizer=optimizer, scheduler=SCHEDULERS[name](optimizer),
+                     max_steps=steps, callbacks=[Rates()]).train()
+        return rates
+
+    optimizer = torch.optim.SGD(Bigram().parameters(), lr=0.05, momentum=0.9)
+    scheduler, wanted = SCHEDULERS[name](optimizer), []
+    for _ in range(6):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert run(tmp_path / "one", 6) == pytest.approx(wanted)
+    assert run(tmp_path / "two", 3) + run(tmp_path / "two", 6) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("total", [{"global_batch_size": 8}, {"global_batch_tokens": 8 * LENGTH}])
+@pytest.mark.parametrize("make", [token_loader, lambda: [tokens(2 * LENGTH, i).view(2, LENGTH) for i in range(9)]])
+def test_micro_steps_are_derived_from_sequences_or_tokens(total: dict[str, int], make: Any) -> None:
+    trainer = tiny_trainer(loader=make(), model=Bigram(), max_steps=1, **total)
+    trainer.train()
+    assert trainer.state is not None and trainer.state.stream.epoch == 0 and trainer.state.stream.batch == 4
+
+
+def test_hooks_that_nobody_overrides_are_not_called_and_epochs_and_gradients_are_told() -> None:
+    class Quiet(Callback):
+        pass
+
+    class Watcher(Callback):
+        def __init__(self) -> None:
+            self.epochs: list[int] = []
+            self.gradients: list[bool] = []
+
+        def on_epoch_end(self, state: TrainState, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+        def on_gradients(self, state: TrainState) -> None:
+            self.gradients.append(all(p.grad is not None for p in state.model.parameters()))
+
+    assert not any(Hooks([Quiet()])._bound.values())
+    watcher = Watcher()
+    tiny_trainer(loader=token_loader(2), model=Bigram(), max_steps=5, callbacks=[watcher]).train()
+    assert watcher.epochs == [0, 1] and watcher.gradients == [True] * 5
+
+
+def test_evaluating_before_the_first_step_happens_once(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Evaluations(Callback):
+        def on_eval(self, state: TrainState, result: Any) -> None:
+            seen.append(state.step)
+
+    for steps in (2, 4):
+        tiny_trainer(tmp_path, model=Bigram(), val_dataloader=token_loader(1), eval_at_start=True, max_steps=steps,
+                     callbacks=[Evaluations()]).train()
+    assert seen == [0, 2, 4]
+
+
+def test_the_first_named_set_decides_and_all_are_kept() -> None:
+    one, two = token_loader(1), token_loader(3, seed=7)
+    trainer = tiny_trainer(model=Bigram(), val_dataloader={"one": one, "two": two}, max_steps=2)
+    result = trainer.train()
+    both = trainer.evaluate()
+    assert list(both.sets) == ["one", "two"] and both.loss == both.sets["one"].loss == result.val_loss
+    assert both.sets["two"] == trainer.evaluate(two)
+    with pytest.raises(ValueError, match="empty mapping"):
+        trainer.evaluate({})
