@@ -55,6 +55,10 @@ class Run:
     """report(kind, details) fires `on_event` for all callbacks: what should stand in the records of the run."""
     loss_fn: Callable[..., Any] | None = None
     """(model, batch) -> (loss_sum, num_targets), in the run's precision."""
+    flops_per_token: float | None = None
+    """Forward and backward, where it can be known."""
+    peak_flops: tuple[float, str] | None = None
+    """(FLOP/s that the device could do, what that is), where it is known."""
     checkpoint: Callable[[], Path | None] = lambda: None
     """The newest checkpoint of the run."""
 
@@ -81,7 +85,7 @@ class Callback:
         """After a step whose update was skipped because its loss or gradient was not finite."""
 
     def on_log(self, state: TrainState, record: Mapping[str, Any]) -> None:
-        """Every `log_every_steps`: loss, lr, grad_norm, tokens, tokens_per_second, ... as plain numbers."""
+        """Every `log_every_steps`: loss, lr, grad_norm, tokens, seconds, memory_bytes, ... as plain numbers."""
 
     def on_eval_start(self, state: TrainState) -> None:
         """Before an evaluation."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a startup report, one live line on a terminal or timed plain lines elsewhere, a summary.
+"""What a person sees of a run: a startup report, a live panel on a terminal or timed plain lines elsewhere, a summary.
 
 Everything shown comes from the loop's records; nothing here touches the device. The files are `JsonlLogger`'s; this
 module only draws them (`plot_losses`). Deliberately left out: dashboards, and anything that needs a network.
@@ -6,8 +6,9 @@ module only draws them (`plot_losses`). Deliberately left out: dashboards, and a
 
 from __future__ import annotations
 
+import io
 import math
-import shutil
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,23 +19,24 @@ from rich.console import Console
 from rich.table import Table
 
 from .callbacks import Callback, Run, read_records
+from .screens import Screen, screen_for
 from .state import TrainState
-from .utils import format_count, format_duration
+from .utils import format_bytes, format_count, format_duration
 
 _SMOOTHING = 0.9
-_REDRAW_SECONDS = 0.1
-_CLEAR = "\r\x1b[K"
+_REDRAW_SECONDS = 0.25
 
 
 class Progress(Callback):
-    """Shows a run. On a terminal the current line is redrawn; elsewhere (files, CI) at most one plain line every
-    `plain_every_seconds` is printed, so that a log file stays readable."""
+    """Shows a run: one live panel on a terminal, one updating block in a notebook, and elsewhere (files, CI) at most
+    one plain line every `plain_every_seconds`, so that a log file stays readable. Other ranks than 0 show nothing."""
 
     observer = True
 
     def __init__(self, stream: TextIO | None = None, *, plain_every_seconds: float = 1.0) -> None:
-        self.stream = stream if stream is not None else sys.stdout
-        self.live = self.stream.isatty()
+        rank = int(os.environ.get("RANK", "0"))  # torchrun's
+        self.stream = stream if stream is not None else sys.stdout if rank == 0 else io.StringIO()
+        self.screen: Screen = screen_for(self.stream)
         self.plain_every_seconds = plain_every_seconds
         self._run: Run | None = None
         self._pace_step = 0
@@ -42,12 +44,11 @@ class Progress(Callback):
         self._smooth = self._weight = 0.0
         self._previous: Mapping[str, Any] = {}
         self._records = 0
-        self._figures = ""
+        self._figures: dict[str, str] = {}
 
     def log(self, message: str) -> None:
-        """Prints one line without breaking the live one."""
-        self.stream.write(f"{_CLEAR if self.live else ''}{message}\n")
-        self.stream.flush()
+        """Prints one line without breaking the live display."""
+        self.screen.log(message)
 
     def on_train_start(self, state: TrainState, run: Run) -> None:
         self._run, self._pace_step = run, state.step
@@ -56,14 +57,14 @@ class Progress(Callback):
         self._previous = {"tokens": state.counters.tokens_seen, "seconds": 0.0, "phase_seconds": {}}
 
     def on_step(self, state: TrainState) -> None:
-        if self.live and time.monotonic() - self._last_shown >= _REDRAW_SECONDS:
+        if self.screen.live and time.monotonic() - self._last_shown >= _REDRAW_SECONDS:
             self._draw(state)
 
     def on_log(self, state: TrainState, record: Mapping[str, Any]) -> None:
         self._figures = self._describe(record)
         self._previous = record
         last = self._run is not None and state.step == self._run.max_steps
-        pause = _REDRAW_SECONDS if self.live else self.plain_every_seconds
+        pause = _REDRAW_SECONDS if self.screen.live else self.plain_every_seconds
         if last or time.monotonic() - self._last_shown >= pause:
             self._draw(state)
         if self._records == 0:
@@ -100,10 +101,12 @@ class Progress(Callback):
         self.log(f"step {state.step}  saved {path}")
 
     def on_train_end(self, state: TrainState, status: str) -> None:
-        if self.live:
-            self.stream.write(_CLEAR)
+        self.screen.close()
 
-    def _describe(self, record: Mapping[str, Any]) -> str:
+    def on_exception(self, state: TrainState, error: BaseException) -> None:
+        self.screen.close()
+
+    def _describe(self, record: Mapping[str, Any]) -> dict[str, str]:
         before = self._previous
         seconds = max(record["seconds"] - before["seconds"], 1e-9)
         if math.isfinite(record["loss"]):
@@ -112,24 +115,23 @@ class Progress(Callback):
             self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
         smooth = f" (mean {self._smooth / self._weight:.4f})" if self._weight else ""
         waited = record["phase_seconds"].get("data", 0.0) - before["phase_seconds"].get("data", 0.0)
-        parts = [f"loss {record['loss']:.4f}{smooth}", f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.3f}",
-                 f"{format_count(round((record['tokens'] - before['tokens']) / seconds))} tok/s",
-                 f"data wait {waited / seconds:.0%}"]
+        rate = (record["tokens"] - before["tokens"]) / seconds
+        figures = {"loss": f"{record['loss']:.4f}{smooth}", "lr": f"{record['lr']:.2e}",
+                   "norm": f"{record['grad_norm']:.3f}", "speed": f"{format_count(round(rate))} tok/s",
+                   "data wait": f"{waited / seconds:.0%}"}
+        flops, peak = (self._run.flops_per_token, self._run.peak_flops) if self._run is not None else (None, None)
+        if flops and peak:
+            figures["use"] = f"{rate * flops / peak[0]:.0%} {peak[1]}"
+        if record.get("memory_bytes"):
+            figures["memory"] = format_bytes(record["memory_bytes"])
         if record["nonfinite_steps"]:
-            parts.append(f"NON-FINITE {record['nonfinite_steps']}")
-        return "  ".join(parts)
+            figures["NON-FINITE"] = f"{record['nonfinite_steps']}"
+        return figures
 
     def _draw(self, state: TrainState) -> None:
         self._last_shown = time.monotonic()
         total = self._run.max_steps if self._run is not None else None
-        position = f"step {state.step}" + (f"/{total}" if total else "")
-        line = f"{position}  {self._figures}  {self._time_left(state, total)}".rstrip()
-        if self.live:
-            width = shutil.get_terminal_size().columns
-            self.stream.write(_CLEAR + line[: width - 1])
-        else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+        self.screen.show(state.step, total, self._figures, self._time_left(state, total))
 
     def _time_left(self, state: TrainState, total: int | None) -> str:
         """Elapsed time, and the rest at the pace since the first record (what compiles or warms up comes before it),
@@ -157,18 +159,35 @@ def print_report(title: str, rows: Sequence[tuple[str, str]], stream: TextIO | N
 
 
 def time_report(seconds_by_phase: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Rows of phase, time and share (they add up to the wall-clock), and a verdict where waiting dominates."""
+    """Rows of phase, time and share (they add up to the wall-clock), and one plain verdict."""
     total = sum(seconds_by_phase.values())
     if total <= 0:
         return []
     ordered = sorted(seconds_by_phase.items(), key=lambda item: -item[1])
     rows = [(phase.replace("_", " "), f"{format_duration(seconds)}  {seconds / total:.1%}")
             for phase, seconds in ordered]
-    waiting = seconds_by_phase.get("data", 0.0) / total
-    if waiting > 0.1:
-        rows.append(("verdict", f"{waiting:.0%} of the time went into waiting for data: give the loader workers or "
-                                "prefetching"))
-    return rows
+    return [*rows, ("verdict", time_verdict(seconds_by_phase))]
+
+
+_REMEDIES = {
+    "data": (0.1, "waiting for data: give the loader workers or prefetching"),
+    "transfer": (0.1, "moving batches to the device: use pin_memory=True in the loader"),
+    "save": (0.1, "saving: raise save_every_steps"),
+    "log": (0.05, "logging: raise log_every_steps, or use fewer writers"),
+    "eval": (0.4, "evaluation: raise eval_every_steps, or set eval_max_batches"),
+    "startup": (0.5, "starting up: a longer run would make that small"),
+}
+
+
+def time_verdict(seconds_by_phase: Mapping[str, float]) -> str:
+    """One sentence: the first thing worth changing, or that there is none."""
+    total = max(sum(seconds_by_phase.values()), 1e-9)
+    for phase, (limit, words) in _REMEDIES.items():
+        share = seconds_by_phase.get(phase, 0.0) / total
+        if share > limit:
+            return f"{share:.0%} of the time went into {words}"
+    computing = sum(seconds_by_phase.get(phase, 0.0) for phase in ("forward_backward", "optimizer", "eval"))
+    return f"{computing / total:.0%} of the time went into computing; nothing else is worth changing first"
 
 
 def plot_losses(metrics_jsonl: str | Path, png: str | Path) -> Path:

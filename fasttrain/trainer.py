@@ -46,6 +46,7 @@ from .saver import CheckpointSaver
 from .schedules import build_scheduler
 from .state import TrainState, load_model
 from .storage import lock_directory
+from .throughput import flops_per_token, peak_flops
 from .tokenization import tokenizer_from_dict
 from .training_loop import Parts, fit, limit_reached, settle
 from .utils import Interruption, PhaseClock, format_duration, seed_all, unwrap
@@ -324,7 +325,8 @@ class Trainer:
                   None if self.tokenizer is None else assembly.breakable_generation(
                       unwrap(self.model), self.tokenizer, interruption, self.callbacks),
                   lambda kind, details: hooks.fire("on_event", state, kind, details), self._loss,
-                  checkpoint=lambda: self._checkpoint)
+                  flops_per_token(self.model, assembly.batch_shape(self.train_dataloader or ())[1]),
+                  peak_flops(self.device, self.amp.dtype), lambda: self._checkpoint)
         hooks.fire("on_train_start", state, run)
         try:
             if saver is not None:

@@ -37,6 +37,7 @@ from .utils import (
     draw_state,
     is_out_of_memory,
     on_host,
+    peak_memory_bytes,
     read_scalar,
     set_draw_state,
 )
@@ -305,6 +306,7 @@ def log(state: TrainState, config: TrainConfig, parts: Parts) -> None:
         "nonfinite_steps": counters.nonfinite_steps,
         "empty_steps": counters.empty_steps,
         "seconds": clock.elapsed(),
+        "memory_bytes": peak_memory_bytes(device_of(state.model)),
         "phase_seconds": dict(clock.seconds),
     }
     counters.interval_loss, counters.interval_targets, counters.interval_nonfinite = 0.0, 0, 0

@@ -254,6 +254,11 @@ def available_memory_bytes() -> int | None:
         return None
 
 
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of tensors on a GPU, of the process elsewhere. Does not wait for the device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
 def format_count(n: float) -> str:
     """1234567 -> '1.23 M': three significant digits and a decimal prefix."""
     for size, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

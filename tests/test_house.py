@@ -44,6 +44,7 @@ LEVELS = [
         "tensorfile",
         "native_decoding",
         "text_stream",
+        "throughput",
         "penalties",
     },
     {"state", "corpus", "manifest", "result", "truncation", "decoding", "heads"},

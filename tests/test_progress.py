@@ -6,13 +6,15 @@ import io
 import json
 import re
 import struct
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import one_thread, tiny_trainer, token_loader  # noqa: F401
 
-from fasttrain.progress import Progress, plot_losses, print_report, time_report
+from fasttrain.progress import Progress, plot_losses, print_report, time_report, time_verdict
 
 
 class Terminal(io.StringIO):
@@ -39,28 +41,64 @@ def test_a_file_gets_plain_lines_at_intervals_and_always_the_last(tmp_path: Path
     assert re.search(shape, output, re.MULTILINE)
 
 
-def test_a_terminal_gets_one_line_that_is_redrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "70")
+def test_a_terminal_gets_one_panel_that_is_redrawn_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
     monkeypatch.setattr("fasttrain.progress._REDRAW_SECONDS", 0.0)
-    output = shown(Terminal())
-    drawn = [line for line in re.split(r"\r\x1b\[K|\n", output) if re.match(r"step \d/6", line)]
-    assert len(drawn) >= 6
-    assert all(len(line) < 70 for line in drawn)
-    assert "\n".join(drawn[-2:]) not in output  # no newline between two states of the line
+    output = shown(Terminal(), val_dataloader=token_loader(1))
+    for part in ("step 6/6", "loss ", "lr ", "tok/s", "data wait ", "memory", " left", "of sgemm"):
+        assert part in output
+    assert output.count("step 6/6") >= 1 and output.count("╭─ fasttrain") >= 6
+    assert "\x1b[2K\x1b[1A" in output or "\x1b[1A\x1b[2K" in output  # the cursor goes back up: no scrolling
+    rest = output[output.rindex("╰"):]
+    assert "val loss" in output and "completed at step 6" in rest
 
 
 def test_a_fast_run_does_not_redraw_for_every_record() -> None:
-    output = shown(Terminal())
-    drawn = re.findall(r"\x1b\[Kstep (\d)/6", output)
-    assert drawn[-1] == "6" and len(drawn) <= 4
+    assert shown(Terminal()).count("╭─ fasttrain") <= 4
 
 
-def test_a_message_does_not_break_the_live_line() -> None:
+def test_a_message_scrolls_by_above_the_panel() -> None:
     stream = Terminal()
     progress = Progress(stream)
-    stream.write("step 1/6 half a li")
-    progress.log("saved")
-    assert stream.getvalue().endswith("\r\x1b[Ksaved\n")
+    progress.screen.show(1, 6, {"loss": "3.0"}, "1 s")
+    progress.log("saved [not markup]")
+    text = stream.getvalue()
+    assert text.index("saved [not markup]") < text.rindex("╭─ fasttrain")
+    progress.screen.close()
+
+
+def test_a_notebook_gets_one_block_that_is_rewritten(monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    blocks: list[str] = []
+
+    class Handle:
+        def update(self, block: str) -> None:
+            blocks.append(block)
+
+    class ZMQInteractiveShell:
+        pass
+
+    def display(block: str, display_id: bool) -> Handle:
+        blocks.append("NEW " + block)
+        return Handle()
+
+    notebook = types.ModuleType("IPython")
+    notebook.get_ipython = ZMQInteractiveShell  # type: ignore[attr-defined]
+    notebook.display = types.ModuleType("IPython.display")  # type: ignore[attr-defined]
+    notebook.display.HTML, notebook.display.display = str, display
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook.display)
+    monkeypatch.setattr("fasttrain.progress._REDRAW_SECONDS", 0.0)
+    tiny_trainer(max_steps=6, log_every_steps=1).train()
+    assert [block.startswith("NEW ") for block in blocks].count(True) == 1 and len(blocks) >= 6
+    assert "max='6'" in blocks[-1] and "tok/s" in blocks[-1]
+    assert "completed at step 6" in capsys.readouterr().out
+
+
+def test_other_ranks_show_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    tiny_trainer(max_steps=2).train()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_mean_loss_is_smoothed_and_not_biased_to_its_start() -> None:
@@ -68,8 +106,8 @@ def test_the_mean_loss_is_smoothed_and_not_biased_to_its_start() -> None:
     texts = []
     progress._previous = record(0.0, seconds=0.0)
     for index, loss in enumerate((4.0, 4.0, 2.0), 1):
-        texts.append(progress._describe(record(loss, seconds=float(index))))
-    assert "loss 4.0000 (mean 4.0000)" in texts[0] and "(mean 4.0000)" in texts[1]
+        texts.append(progress._describe(record(loss, seconds=float(index)))["loss"])
+    assert texts[0] == "4.0000 (mean 4.0000)" and "(mean 4.0000)" in texts[1]
     weights = [0.9**2 * 0.1, 0.9 * 0.1, 0.1]
     assert f"(mean {(4 * weights[0] + 4 * weights[1] + 2 * weights[2]) / sum(weights):.4f})" in texts[2]
 
@@ -82,9 +120,9 @@ def record(loss: float, seconds: float, nonfinite: int = 0) -> dict[str, Any]:
 def test_rates_are_those_of_the_interval_and_nan_is_shown_as_nan() -> None:
     progress = Progress(io.StringIO())
     progress._previous = record(1.0, seconds=2.0)
-    text = progress._describe({**record(float("nan"), seconds=4.0, nonfinite=3), "tokens": 12_000})
-    assert "5.00 K tok/s" in text and "data wait 25%" in text
-    assert "loss nan" in text and "NON-FINITE 3" in text
+    figures = progress._describe({**record(float("nan"), seconds=4.0, nonfinite=3), "tokens": 12_000})
+    assert (figures["speed"], figures["data wait"]) == ("5.00 K tok/s", "25%")
+    assert (figures["loss"], figures["NON-FINITE"]) == ("nan", "3")
 
 
 def test_non_finite_steps_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +140,9 @@ def test_the_time_report_adds_up_and_names_a_slow_loader() -> None:
     assert [name for name, _ in rows] == ["forward backward", "data", "optimizer", "verdict"]
     assert sum(float(re.findall(r"([\d.]+)%", value)[0]) for name, value in rows[:3]) == pytest.approx(100.0)
     assert "40% of the time went into waiting for data" in rows[3][1]
-    assert [name for name, _ in time_report({"data": 0.1, "eval": 5.0})] == ["eval", "data"]
+    for phases, words in (({"transfer": 2.0}, "pin_memory"), ({"save": 2.0}, "save_every_steps"), ({}, "nothing else"),
+                          ({"log": 1.0}, "log_every_steps"), ({"eval": 9.0}, "eval_max_batches")):
+        assert words in time_verdict({"forward_backward": 8.0, **phases})
     assert time_report({}) == []
 
 
