@@ -50,5 +50,6 @@ def result_of(state: TrainState, status: str, reason: str, checkpoint: Path | No
 
 def end_rows(result: TrainResult, signal_served: str = "") -> list[tuple[str, str]]:
     """Where the time went, in shares that add up, with a verdict; and where the checkpoint lies."""
-    return [*([("signal", signal_served)] if signal_served else []), ("time", format_duration(result.seconds)), *time_report(result.time_by_phase),
+    served = [("signal", signal_served)] if signal_served else []
+    return [*served, ("time", format_duration(result.seconds)), *time_report(result.time_by_phase),
             ("checkpoint", str(result.checkpoint or "none"))]
