@@ -150,6 +150,16 @@ def tokens_per_step(config: TrainConfig, loader: Iterable[Any]) -> int | None:
     return batch_size * length * config.grad_accum_steps if batch_size and length else None
 
 
+def eval_batches(data: Any, max_batches: int) -> int | None:
+    """Batches of one evaluation, of the longest set where there are several; None where that is not known."""
+    loaders = list(data.values()) if isinstance(data, Mapping) else [data]
+    try:
+        longest = max((len(loader) for loader in loaders), default=0)
+    except TypeError:
+        return max_batches or None
+    return min(longest, max_batches) if max_batches else longest
+
+
 def check_limits(config: TrainConfig) -> None:
     """Refuses a run that would never end."""
     if not (config.max_steps or config.max_epochs or config.max_tokens or config.max_seconds):

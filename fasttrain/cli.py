@@ -1,4 +1,4 @@
-"""The command line: `fasttrain train | eval | generate | verify | doctor`. No logic of its own.
+"""The command line: `fasttrain train | eval | generate | verify | report | doctor`. No logic of its own.
 
 Every flag is a field of one of the dataclasses below or of TrainConfig and GenerationConfig, so a default and its help
 stand in one place. Bad input ends with one line on stderr and status 2, a signal with 128 plus its number.
@@ -30,6 +30,7 @@ from .models.gpt import GPT, GPTConfig
 from .ops import backend_info
 from .optimizations import tune_cpu_memory
 from .progress import plot_losses, print_report
+from .report import write_report
 from .tokenization import Tokenizer
 from .trainer import Trainer
 from .utils import format_bytes, seed_all
@@ -175,6 +176,21 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """Writes one self-contained HTML page about one run or several: curves, where the time went, samples, events, and
+    how their configurations differ."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """The directories of the runs."""
+    out: Path = Path("report.html")
+    """Where the page goes."""
+
+    def run(self) -> int:
+        print(f"written to {write_report(self.directories, self.out)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Says what runs on this machine, and why not something faster."""
 
@@ -266,11 +282,13 @@ def cpu_memory() -> str:
     return format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-COMMANDS: dict[str, Callable[..., Train | Eval | Generate | Verify | Doctor]] = {
+Command = Train | Eval | Generate | Verify | Report | Doctor
+COMMANDS: dict[str, Callable[..., Command]] = {
     "train": Train,
     "eval": Eval,
     "generate": Generate,
     "verify": Verify,
+    "report": Report,
     "doctor": Doctor,
 }
 
@@ -293,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(status)
 
 
-def with_config_file(arguments: list[str]) -> dict[str, Callable[..., Train | Eval | Generate | Verify | Doctor]]:
+def with_config_file(arguments: list[str]) -> dict[str, Callable[..., Command]]:
     """The commands, with `train`'s defaults taken from --config-file if it is among the arguments."""
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")

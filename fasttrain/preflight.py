@@ -1,12 +1,14 @@
 """Will this run end well? Answered in seconds, before step 1, on the user's own model, data and disk.
 
-One real batch forward and backward, one evaluation batch, room for the checkpoints, limits that end and intervals that
-fire. Everything is put back afterwards: a run with preflight computes the same bits as one without.
+The longest of the first batches forward and backward, one evaluation batch, one real checkpoint written and read back,
+room on the disk for all that will be kept, limits that end and intervals that fire; and from the times taken, how long
+the run will be. Everything is put back afterwards: a run with preflight computes the same bits as one without.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -14,17 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .assembly import check_limits, planned_steps
 from .batch_stream import iter_is_self, peek_batches
-from .batches import to_device
+from .batches import most_elements, tensors_of, to_device
+from .checkpointing import load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .evaluation import EvalResult
 from .state import TrainState
 from .storage import free_bytes
 from .training_loop import Parts
-from .utils import device_of, format_bytes, format_duration, preserve_rng, read_scalar
+from .utils import device_of, format_bytes, format_duration, read_scalar, undisturbed
+
+_BATCHES_LOOKED_AT = 8
+"""How many of the first batches the longest is taken from, where lengths may differ."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,19 @@ class PreflightReport:
     """What was found. `warnings` are things that will not stop the run but are probably not meant."""
 
     loss: float | None
-    """Mean loss of the first training batch; None if the data can be read only once."""
+    """Mean loss of the longest of the first training batches; None if the data can be read only once."""
+    longest: tuple[int, ...] | None
+    """Shape of that batch's largest tensor."""
     step_seconds: float | None
     """Time of one optimizer step's forward and backward passes (the first call is slower than the rest)."""
+    eval_seconds: float | None
+    """Time of one evaluation: that of one batch times their number; None where that is not known."""
+    save_seconds: float | None
+    """Time of one checkpoint of the full size, from one that was written; None without a checkpoint_dir."""
+    load_seconds: float | None
+    """Time of reading one back and verifying it."""
     projected_seconds: float | None
-    """step_seconds times the planned steps."""
+    """Planned steps, evaluations and checkpoints at those times."""
     checkpoint_bytes: int
     """Estimated size of one checkpoint."""
     retained_bytes: int
@@ -49,19 +63,26 @@ class PreflightReport:
         """For `progress.print_report`."""
         rows = [("checkpoint", f"about {format_bytes(self.checkpoint_bytes)}, at most "
                                f"{format_bytes(self.retained_bytes)} kept")]
+        if self.save_seconds is not None and self.load_seconds is not None:
+            rows.append(("written and read", f"{format_duration(self.save_seconds)} to save one, "
+                                             f"{format_duration(self.load_seconds)} to resume"))
         if self.loss is not None and self.step_seconds is not None:
-            rows.insert(0, ("first batch", f"loss {self.loss:.4f}, {format_duration(self.step_seconds)} a step"))
+            shape = "x".join(map(str, self.longest or ()))
+            rows.insert(0, ("first batch", f"{shape}, loss {self.loss:.4f}, {format_duration(self.step_seconds)} a "
+                                           "step"))
         if self.projected_seconds is not None:
-            rows.append(("projected", f"about {format_duration(self.projected_seconds)} without evaluation and saving"))
+            rows.append(("projected", f"about {format_duration(self.projected_seconds)}, evaluation and saving "
+                                      "included"))
         return rows + [("warning", warning) for warning in self.warnings]
 
 
 def preflight(state: TrainState, config: TrainConfig, parts: Parts, *, checkpoint_dir: Path | None,
-              evaluate_one: Callable[[], EvalResult] | None) -> PreflightReport:
+              evaluate_one: Callable[[], EvalResult] | None, num_eval_batches: int | None = None) -> PreflightReport:
     """Checks a run that is about to start. `config` has its accumulation resolved.
 
     Args:
-        evaluate_one: scores one validation batch; None without validation data.
+        evaluate_one: scores one validation batch (of each set); None without validation data.
+        num_eval_batches: how many such calls an evaluation amounts to, where that is known.
 
     Raises:
         ValueError: the run cannot end well: no limit, no batch, no room on the disk, a directory that cannot be
@@ -72,20 +93,53 @@ def preflight(state: TrainState, config: TrainConfig, parts: Parts, *, checkpoin
     steps = planned_steps(config, loader)
     warnings = list(interval_warnings(config, steps, has_val=evaluate_one is not None,
                                       has_dir=checkpoint_dir is not None))
-    loss, seconds = None, None
+    loss, seconds, longest = None, None, None
     if not iter_is_self(loader):
-        loss, seconds = try_batch(state, config, parts, loader)
+        loss, seconds, longest = try_batch(state, config, parts, loader)
         if not math.isfinite(loss):
             warnings.append(f"the loss of the first training batch is {loss}")
-    if evaluate_one is not None:
-        evaluate_one()
+    eval_seconds = None if evaluate_one is None else _timed(evaluate_one) * (num_eval_batches or math.nan)
     size = checkpoint_bytes(state, config)
     copies = (config.keep_last + config.keep_best + 1) if config.keep_last else 1
     free = None if checkpoint_dir is None else _check_disk(checkpoint_dir, size, copies * size)
     if checkpoint_dir is not None and not config.keep_last and config.save_every_steps:
         warnings.append("keep_last=0 keeps every checkpoint: the room they take is not bounded")
-    left = None if steps is None or seconds is None else seconds * max(0, steps - state.step)
-    return PreflightReport(loss, seconds, left, size, copies * size, free, tuple(warnings))
+    saving = None if checkpoint_dir is None else try_checkpoint(state, checkpoint_dir, size)
+    save_seconds, load_seconds = saving or (None, None)
+    left = None if steps is None or seconds is None else _projected(
+        config, max(0, steps - state.step), seconds, eval_seconds or 0.0, save_seconds or 0.0)
+    known = eval_seconds if eval_seconds is not None and math.isfinite(eval_seconds) else None
+    return PreflightReport(loss, longest, seconds, known, save_seconds, load_seconds, left, size, copies * size, free,
+                           tuple(warnings))
+
+
+def try_checkpoint(state: TrainState, checkpoint_dir: Path, full_bytes: int) -> tuple[float, float]:
+    """(seconds to write a checkpoint of `full_bytes`, seconds to read and verify it), from a real one of what there is
+    now (before the first step the optimizer has no state yet), which is removed again."""
+    for orphan in checkpoint_dir.glob(".preflight-*"):  # of a killed process: the directory is ours alone
+        shutil.rmtree(orphan, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=checkpoint_dir) as folder:
+        start = time.perf_counter()
+        path = save_checkpoint(Path(folder), state.step, state.capture(), metadata={})
+        written = time.perf_counter()
+        load_checkpoint(path)
+        read = time.perf_counter()
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    scale = max(1.0, full_bytes / max(size, 1 << 20))  # below a megabyte the time is not that of bytes
+    return (written - start) * scale, (read - written) * scale
+
+
+def _projected(config: TrainConfig, steps: int, step: float, evaluation: float, save: float) -> float:
+    """Seconds of `steps` steps with their evaluations and checkpoints (each once more at the end)."""
+    evaluations = steps // config.eval_every_steps + 1 if config.eval_every_steps else 1
+    saves = steps // config.save_every_steps + 1 if config.save_every_steps else 1
+    return steps * step + saves * save + (evaluations * evaluation if math.isfinite(evaluation) else 0.0)
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def interval_warnings(config: TrainConfig, steps: int | None, *, has_val: bool, has_dir: bool) -> Iterable[str]:
@@ -100,31 +154,28 @@ def interval_warnings(config: TrainConfig, steps: int | None, *, has_val: bool, 
             yield f"{name}={every} never fires: the run has {steps} steps"
 
 
-def try_batch(state: TrainState, config: TrainConfig, parts: Parts, loader: Iterable[Any]) -> tuple[float, float]:
-    """(mean loss of the first batch, seconds of a step's forward and backward), leaving gradients, buffers (a batch
-    norm's averages), generators and the data position as they were."""
+def try_batch(state: TrainState, config: TrainConfig, parts: Parts,
+              loader: Iterable[Any]) -> tuple[float, float, tuple[int, ...]]:
+    """(mean loss of the longest of the first batches, seconds of a step's forward and backward, that batch's shape),
+    leaving gradients, buffers (a batch norm's averages), generators and the data position as they were."""
     model = state.model
-    batches = peek_batches(loader, 1)
+    fixed = getattr(getattr(loader, "dataset", None), "seq_len", None) is not None
+    batches = peek_batches(loader, 1 if fixed else _BATCHES_LOOKED_AT)
     if not batches:
         raise ValueError(f"train_dataloader ({type(loader).__name__}) yields no batch; check the dataset's length "
                          "against batch_size and drop_last")
-    gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for p, _ in gradients:
-            p.grad = None
+    batch = max(batches, key=most_elements)
+    largest = max(tensors_of(batch), key=Tensor.numel, default=None)
+    with undisturbed(model):
         model.train()
         start = time.perf_counter()
-        with preserve_rng():
-            with parts.autocast():
-                loss_sum, num_targets = parts.loss_fn(model, to_device(batches[0], device_of(model)))
-            _check_loss(loss_sum, num_targets)
-            loss_sum.backward()  # type: ignore[no-untyped-call]
-            loss = read_scalar(loss_sum.detach()) / max(1, int(read_scalar(num_targets)))
-        return loss, (time.perf_counter() - start) * config.grad_accum_steps
-    finally:
-        _put_back(gradients, buffers, modes)
+        with parts.autocast():
+            loss_sum, num_targets = parts.loss_fn(model, to_device(batch, device_of(model)))
+        _check_loss(loss_sum, num_targets)
+        loss_sum.backward()  # type: ignore[no-untyped-call]
+        loss = read_scalar(loss_sum.detach()) / max(1, int(read_scalar(num_targets)))
+        seconds = (time.perf_counter() - start) * config.grad_accum_steps
+    return loss, seconds, () if largest is None else tuple(largest.shape)
 
 
 def checkpoint_bytes(state: TrainState, config: TrainConfig) -> int:
@@ -159,13 +210,3 @@ def _check_disk(directory: Path, one: int, retained: int) -> int:
                          f"{format_bytes(retained)} of checkpoints of {format_bytes(one)} each; lower keep_last or "
                          "keep_best, or choose another disk")
     return free
-
-
-def _put_back(gradients: list[tuple[nn.Parameter, Tensor | None]], buffers: list[tuple[Tensor, Tensor]],
-              modes: list[tuple[nn.Module, bool]]) -> None:
-    for p, gradient in gradients:
-        p.grad = gradient
-    for buffer, value in buffers:
-        buffer.copy_(value)
-    for module, mode in modes:
-        module.training = mode

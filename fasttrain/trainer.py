@@ -194,7 +194,8 @@ class Trainer:
         config = self._resolved()
         one = None if self.val_dataloader is None else lambda: self._evaluate(None, None, max_batches=1)
         return preflight(self._built_state(), config, self._parts(), checkpoint_dir=self.checkpoint_dir,
-                         evaluate_one=one)
+                         evaluate_one=one,
+                         num_eval_batches=assembly.eval_batches(self.val_dataloader, config.eval_max_batches))
 
     def verify_resume(self, steps: int = 4) -> Verification:
         """Proves on this model and data that a resumed run is the same run, bit for bit; puts everything back."""

@@ -43,7 +43,7 @@ def test_saving_evaluating_and_stopping_happen_after_the_step(tmp_path: Path) ->
     result = trainer.train()
     assert (result.status, result.step) == ("stopped", 5) and "control file" in result.reason
     assert [record["step"] for record in records(tmp_path, "eval")] == [2, 5]
-    assert [record["step"] for record in records(tmp_path, "save")] == [3, 5]
+    assert [record["checkpoint"] for record in records(tmp_path, "save")] == ["step-00000003", "step-00000005"]
     assert [(record["step"], record["command"]) for record in records(tmp_path, "control")] == [
         (2, "evaluate"), (3, "save"), (5, "stop")]
     assert control.actions == [[2, "evaluate"], [3, "save"], [5, "stop"]]

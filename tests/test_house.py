@@ -67,7 +67,7 @@ LEVELS = [
     },
     {"training_loop", "assembly", "retention", "capsule"},
     {"preflight", "verification", "saver"},
-    {"summary"},
+    {"summary", "report"},
     {"trainer"},
     {"cli"},
 ]

@@ -556,6 +556,30 @@ def test_preflight_leaves_averages_gradients_generators_and_the_data_position_al
     assert state.stream.batch == 0
 
 
+def test_preflight_takes_the_longest_batch_and_times_evaluation_and_a_real_checkpoint(tmp_path: Path) -> None:
+    ragged = [tokens(2 * length).view(2, length) for length in (3, 8, 5)]
+    trainer = tiny_trainer(tmp_path, ragged, Bigram(), max_steps=100, eval_every_steps=10, save_every_steps=50,
+                           val_dataloader={"one": token_loader(2), "two": token_loader(3)})
+    (tmp_path / ".preflight-killed").mkdir()
+    report = trainer.preflight()
+    assert report.longest == (2, 8)
+    assert None not in (report.step_seconds, report.eval_seconds, report.save_seconds, report.load_seconds)
+    wanted = 100 * report.step_seconds + 11 * report.eval_seconds + 3 * report.save_seconds
+    assert report.projected_seconds == pytest.approx(wanted)
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind, of a killed one neither
+
+
+def test_preflight_refuses_a_checkpoint_that_cannot_be_read_back(tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Any) -> Any:
+        raise ValueError("tensor 'x' is damaged")
+
+    monkeypatch.setattr("fasttrain.preflight.load_checkpoint", refuse)
+    with pytest.raises(ValueError, match="is damaged"):
+        tiny_trainer(tmp_path, model=Bigram(), preflight=True).train()
+    assert not list(tmp_path.glob("step-*"))
+
+
 def final_trees_of(trainer: Trainer) -> Any:
     state = trainer._built_state()
     return copy_of(state.capture()), state
