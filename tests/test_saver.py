@@ -195,8 +195,12 @@ def test_state_that_is_no_plain_data_is_refused_where_it_is_saved_and_named(tmp_
 
 
 def test_an_exception_waits_for_the_save_that_runs(tmp_path: Path, gate: Gate) -> None:
+    calls: list[int] = []
+
     def failing(model: nn.Module, batch: Any) -> Any:
-        if gate.reached.is_set():
+        calls.append(1)
+        if len(calls) == 2:
+            assert gate.reached.wait(10)  # on a busy core the writer may not have come that far
             threading.Timer(0.1, gate.open.set).start()
             raise RuntimeError("the model broke")
         return batch_loss(model, batch)
