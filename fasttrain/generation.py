@@ -26,6 +26,7 @@ from .config import GenerationConfig, from_dict, load_config, to_dict
 from .context_window import SlidingDecoder
 from .decoding import BranchingDecoder, Decoder, Engine, context_length, decoder_for, vocabulary_size
 from .generation_loop import Event, FinishReason, Job, Logprobs, Row, beam_events_of, events_of
+from .native_decoding import release
 from .prompts import check_ids, check_tokenizer, fit_to_context, ids_of, kind_of
 from .sampler import Processor, truncation_of
 from .speculation import Drafter, DraftModel, PromptLookup, SpeculativeDecoder
@@ -116,7 +117,7 @@ def generate(
     as_text, single = kind_of(prompt)
     tokens = _tokenizer_for(model, tokenizer, settings, as_text)
     prompts = fit_to_context(model, ids_of(prompt, tokens), settings)
-    job = _job(model, prompts, settings, tokens, as_text, processors, draft_model, logprobs, engine)
+    job = _job(model, prompts, settings, tokens, as_text, processors, draft_model, logprobs, engine, stream)
     reads = tokens if as_text or settings.stop or details else None
     rows = [
         Row(i, prompts[i // settings.num_samples], None if reads is None else TextStream(reads, settings.stop))
@@ -160,7 +161,7 @@ def _tokenizer_for(model: nn.Module, tokenizer: Any, settings: GenerationConfig,
 def _job(
     model: nn.Module, prompts: list[list[int]], settings: GenerationConfig, tokenizer: Tokenizer | None, as_text: bool,
     processors: Sequence[Processor], draft_model: nn.Module | None, logprobs: Logprobs | None,
-    engine: Engine,
+    engine: Engine, stream: bool,
 ) -> Job:  # fmt: skip
     """Checks what remains and picks the decoder."""
     if tokenizer is not None and as_text:
@@ -185,7 +186,7 @@ def _job(
     context = context_length(model)
     if settings.long_text == "sliding" and context is not None:
         decoder = SlidingDecoder(decoder, context)
-    return Job(model, settings, tokenizer, as_text, ends, seeds, decoder, tuple(processors), logprobs)
+    return Job(model, settings, tokenizer, as_text, ends, seeds, decoder, tuple(processors), logprobs, stream)
 
 
 def _speculative(
@@ -250,6 +251,9 @@ def _undisturbed(models: Sequence[nn.Module]) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+            for model in models:
+                if model.training:  # its weights change before the next text: a packed copy would only take memory
+                    release(model)
 
 
 def _streamed(run: Iterator[list[Event]], models: Sequence[nn.Module], as_text: bool, bare: bool) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from .beam_search import beam_search
 from .config import GenerationConfig
 from .decoding import BranchingDecoder, Decoder
+from .native_decoding import NativeDecoder
+from .ops.sample import check_rows
 from .prompts import size_of
 from .sampler import Processor, Sampler
 from .text_stream import TextStream
@@ -55,6 +57,7 @@ class Job:
     decoder: Decoder
     processors: tuple[Processor, ...]
     logprobs: Logprobs | None
+    stream: bool = False
 
 
 def _sampler(job: Job, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Sampler:
@@ -87,6 +90,10 @@ def events_of(job: Job, rows: list[Row]) -> Iterator[list[Event]]:
     capacity = max(len(row.prompt) for row in rows) + settings.max_new_tokens - 1
     logits = _start(decoder, rows, settings.num_samples, capacity, device)
     sampler = _sampler(job, [row.prompt for row in rows], job.seeds)
+    arguments = sampler.arguments_of_the_op() if job.logprobs is None else None
+    if isinstance(decoder, NativeDecoder) and arguments is not None:
+        yield from _native_events(job, rows, decoder, arguments, logits.size(1))
+        return
     live = rows
     for position in range(settings.max_new_tokens):
         drawn = _draw(logits, live, sampler, job, position)
@@ -102,6 +109,42 @@ def events_of(job: Job, rows: list[Row]) -> Iterator[list[Event]]:
             decoder.keep_rows(kept)
         sampler.add(tokens)
         logits = decoder.step(drawn)
+
+
+def _native_events(
+    job: Job, rows: list[Row], decoder: NativeDecoder, arguments: dict[str, Any], vocabulary: int
+) -> Iterator[list[Event]]:
+    """The same loop inside the native decoder, for draws that are `ops.sample` on the model's own logits. It comes back
+    for each round's record; a stream gets its rounds one by one."""
+    size = size_of(job.tokenizer) if job.tokenizer is not None and job.as_text else None
+    vocabulary = vocabulary if size is None else min(size, vocabulary)
+    live, position, events = rows, 0, list[Event]()
+
+    def record(tokens: list[int]) -> list[int]:
+        nonlocal live, position
+        new, going = _record(live, tokens, job, position)
+        events.extend(new)
+        live, position = [live[i] for i in going], position + 1
+        return going
+
+    while live:
+        events.clear()
+        seeds = [job.seeds[row.index] % 2**63 for row in live]
+        try:
+            decoder.run(1 if job.stream else job.settings.max_new_tokens, seeds, vocabulary, (), record, **arguments)
+        except ValueError:
+            _check_logits(decoder.logits(len(live))[:, :vocabulary], live, job, position)
+            raise
+        yield list(events)
+
+
+def _check_logits(logits: Tensor, live: list[Row], job: Job, position: int) -> None:
+    """Raises for the first row without a distribution, naming its prompt."""
+    for i, row in enumerate(live):
+        try:
+            check_rows(logits[i : i + 1], 0)
+        except ValueError as error:
+            raise ValueError(f"prompt {row.index // job.settings.num_samples}, new token {position}: {error}") from None
 
 
 def _start(decoder: Decoder, rows: list[Row], num_samples: int, capacity: int, device: torch.device) -> Tensor:

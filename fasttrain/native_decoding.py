@@ -81,7 +81,10 @@ class NativeDecoder:
         """Any number of tokens to each row: logits after each row's last (B, V), or after every one of them, row by
         row (sum of the numbers, V)."""
         self._session.extend(tokens, every)
-        count = sum(map(len, tokens)) if every else len(tokens)
+        return self.logits(sum(map(len, tokens)) if every else len(tokens))
+
+    def logits(self, count: int) -> Tensor:
+        """The first `count` rows (count, V) of those that the last pass computed."""
         logits = torch.empty(count, self._decoder.sizes["vocab_size"])
         self._session.copy_logits(logits.data_ptr(), *logits.shape)
         return logits

@@ -92,6 +92,14 @@ class Sampler:
             logits[:, self._eos] = -math.inf
         return self._processed(logits, self._texts) if self._processors and self._texts is not None else logits
 
+    def arguments_of_the_op(self) -> dict[str, Any] | None:
+        """temperature, top_k, top_p, min_p if every draw is `ops.sample` with these on untouched logits, else None."""
+        settings = self._settings
+        edits = settings.logit_bias or settings.banned_tokens or self._seen or self._texts
+        if edits or (settings.min_new_tokens > 0 and len(self._eos) > 0):
+            return None
+        return self.truncation.arguments_of_the_op()
+
     def add(self, tokens: Sequence[int]) -> None:
         """One new token in each row."""
         if self._seen is not None:

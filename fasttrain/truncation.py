@@ -57,6 +57,14 @@ class Truncation:
             on.add("xtc")
         return [name for name in _ORDERS[self.order] if name in on]
 
+    def arguments_of_the_op(self) -> dict[str, Any] | None:
+        """All four filters of `ops.sample` if nothing else is on and they come in its order, else None."""
+        if self.temperature == 0.0:
+            return {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        if not _in_order_of_the_op(self.steps()):
+            return None
+        return {name: getattr(self, name) for name in _OF_THE_OP}
+
     def draw(self, logits: Tensor, seed: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Tokens (B,) int64 and their log-probabilities under the processed distribution (B,) float32.
 

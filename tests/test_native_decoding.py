@@ -15,6 +15,7 @@ from fasttrain.decoding import HuggingFaceDecoder, OwnCacheDecoder, decoder_for
 from fasttrain.generation import generate
 from fasttrain.models.gpt import GPT, GPTConfig
 from fasttrain.native_decoding import NativeDecoder, native_problem, release
+from fasttrain.tokenization import ByteTokenizer
 
 pytestmark = pytest.mark.skipif(backend.extension() is None, reason=backend.CPP_PROBLEM or "has the extension")
 ISAS = [] if backend.extension() is None else backend.extension().available_isas()
@@ -239,6 +240,31 @@ def test_generate_writes_the_same_text_with_either_engine() -> None:
         assert native == eager == generate(model, PROMPTS, max_new_tokens=40, **options)
 
 
+def test_streams_and_stop_strings_come_out_of_the_loop_in_cpp_as_they_do_from_python() -> None:
+    tokenizer = ByteTokenizer()
+    model = gpt(vocab_size=257)
+    options = {"tokenizer": tokenizer, "max_new_tokens": 50, "temperature": 0.9, "top_k": 30, "seed": 5}
+    prompts = ["a fox", "äöü and more of it", "x"]
+    texts = generate(model, prompts, engine="eager", **options)
+    assert generate(model, prompts, engine="native", **options) == texts
+    stop = texts[0][10:12]
+    stopped = generate(model, prompts, engine="eager", stop=stop, **options)
+    assert stopped[0] != texts[0] and generate(model, prompts, engine="native", stop=stop, **options) == stopped
+    pieces = ["", "", ""]
+    for row, piece in generate(model, prompts, engine="native", stop=stop, stream=True, **options):
+        pieces[row] += piece
+    assert pieces == stopped
+
+
+def test_a_model_in_training_keeps_no_packed_copy() -> None:
+    model = gpt().train()
+    generate(model, [[1, 2]], max_new_tokens=3, engine="native")
+    assert model.training and model not in native_decoding._PREPARED
+    model.eval()
+    generate(model, [[1, 2]], max_new_tokens=3, engine="native")
+    assert model in native_decoding._PREPARED
+
+
 def test_weights_that_change_are_packed_again_and_those_that_stay_are_not() -> None:
     model = gpt()
     first = NativeDecoder(model)
@@ -321,5 +347,7 @@ def test_bad_logits_and_ids_are_errors() -> None:
     decoder.start([[1], [2]], 4)
     with pytest.raises(ValueError, match="row 0 of the logits holds NaN"):
         decoder.run(1, [0, 0], 203, [], None, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    with pytest.raises(ValueError, match="prompt 0, new token 0: logits: row 0 holds NaN"):
+        generate(model, [[1], [2]], max_new_tokens=2, engine="native")
     with pytest.raises(ValueError, match="outside of the vocabulary"):
         NativeDecoder(model).start([[203]], 4)
