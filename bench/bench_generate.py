@@ -4,8 +4,8 @@
 
 The model is SmolLM2-135M's shape with random weights unless one is given; llama.cpp takes part where llama-cpp-python
 is importable by this interpreter or by the given one (or by FASTTRAIN_LLAMA_PYTHON). Before anything is timed, the
-greedy texts are compared. The floor reads as many bytes as the weights have, once a token. `quality` needs a real model: it
-compares greedy texts with transformers' and computes perplexities on the standard library's source.
+greedy texts are compared. The floor reads as many bytes as the weights have, once a token. `quality` needs a real
+model: it compares greedy texts with transformers' and computes perplexities on the standard library's source.
 """
 
 from __future__ import annotations

@@ -40,15 +40,16 @@ struct Int8Panel {
 };
 
 // acc[m][...] += x[m, begin..end) times P panels.
-template <class F, int M, int P>
+template <class F, int M, int P, bool kFetch>
 inline __attribute__((always_inline)) void accumulate(const unsigned char* w, std::size_t panel_bytes, const float* x, std::ptrdiff_t ldx,
                                                       std::int64_t begin, std::int64_t end, Vec (&acc)[M][P * kVecs]) {
   constexpr int kLines = kPanel * F::kBytes * F::kStep / 64;  // of the cache, in a step
   for (std::int64_t k = begin; k < end; k += F::kStep) {
-    if constexpr (M < kMostRows) {  // a full tile has other rows' work to hide the memory behind
+    if constexpr (kFetch) {
+      std::size_t ahead = k * kPanel * F::kBytes + kPrefetchBytes;
+      if (P > 1 && ahead >= panel_bytes) ahead += (P - 1) * panel_bytes;  // the panels beside are being read already
 #pragma GCC unroll 8
-      for (int line = 0; line < P * kLines; ++line)
-        __builtin_prefetch(w + line / kLines * panel_bytes + k * kPanel * F::kBytes + kPrefetchBytes + line % kLines * 64);
+      for (int line = 0; line < P * kLines; ++line) __builtin_prefetch(w + line / kLines * panel_bytes + ahead + line % kLines * 64);
     }
     Vec weight[P * kVecs][F::kStep];
 #pragma GCC unroll 64
@@ -65,7 +66,8 @@ inline __attribute__((always_inline)) void accumulate(const unsigned char* w, st
   }
 }
 
-template <class F, int M, int P>
+// `kFetch`: the panel comes from memory, not from a cache that an earlier tile left it in.
+template <class F, int M, int P, bool kFetch>
 void tile(const unsigned char* w, std::size_t panel_bytes, const bfloat16* scales, std::size_t panel_scales, std::int64_t inputs,
           const float* x, std::ptrdiff_t ldx, float* y, std::ptrdiff_t ldy, bool add) {
   Vec total[M][P * kVecs];
@@ -74,7 +76,7 @@ void tile(const unsigned char* w, std::size_t panel_bytes, const bfloat16* scale
 #pragma GCC unroll 64
     for (int v = 0; v < P * kVecs; ++v) total[m][v] = Vec::set(0);
   if constexpr (F::kGroup == 0) {
-    accumulate<F, M, P>(w, panel_bytes, x, ldx, 0, inputs, total);
+    accumulate<F, M, P, kFetch>(w, panel_bytes, x, ldx, 0, inputs, total);
   } else {
     for (std::int64_t k = 0; k < inputs; k += F::kGroup) {
       Vec part[M][P * kVecs];
@@ -82,7 +84,7 @@ void tile(const unsigned char* w, std::size_t panel_bytes, const bfloat16* scale
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 64
         for (int v = 0; v < P * kVecs; ++v) part[m][v] = Vec::set(0);
-      accumulate<F, M, P>(w, panel_bytes, x, ldx, k, k + F::kGroup, part);
+      accumulate<F, M, P, kFetch>(w, panel_bytes, x, ldx, k, k + F::kGroup, part);
 #pragma GCC unroll 64
       for (int v = 0; v < P * kVecs; ++v) {
         const Vec scale = Vec::load(scales + (v / kVecs) * panel_scales + (k / F::kGroup) * kPanel + (v % kVecs) * Vec::width);
@@ -105,7 +107,7 @@ template <class F, int P, int M>
 void last_rows(int rows, const unsigned char* w, std::size_t panel_bytes, const bfloat16* scales, std::size_t panel_scales, std::int64_t inputs,
                const float* x, std::ptrdiff_t ldx, float* y, std::ptrdiff_t ldy, bool add) {
   if constexpr (M > 0) {
-    if (rows == M) return tile<F, M, P>(w, panel_bytes, scales, panel_scales, inputs, x, ldx, y, ldy, add);
+    if (rows == M) return tile<F, M, P, true>(w, panel_bytes, scales, panel_scales, inputs, x, ldx, y, ldy, add);
     last_rows<F, P, M - 1>(rows, w, panel_bytes, scales, panel_scales, inputs, x, ldx, y, ldy, add);
   }
 }
@@ -125,8 +127,10 @@ void multiply(const Matrix& matrix, std::int64_t first, std::int64_t last, const
       continue;
     }
     std::int64_t m = 0;
-    for (; m + kMostRows <= rows; m += kMostRows)
-      tile<F, kMostRows, 1>(w, 0, scales, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
+    for (; m + kMostRows <= rows; m += kMostRows) {
+      const auto full = m == 0 ? &tile<F, kMostRows, 1, true> : &tile<F, kMostRows, 1, false>;
+      full(w, 0, scales, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
+    }
     last_rows<F, 1, kMostRows - 1>(static_cast<int>(rows - m), w, 0, scales, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
     ++panel;
   }
@@ -173,7 +177,7 @@ void attend(const HeadCache& cache, std::int64_t chunk, const float* queries, in
     const unsigned char* keys = cache.keys + (begin / kPanel + block) * block_bytes;
     int i = 0;
     for (; i + kMostRows <= rows; i += kMostRows)
-      tile<F, kMostRows, 1>(keys, 0, nullptr, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
+      tile<F, kMostRows, 1, false>(keys, 0, nullptr, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
     last_rows<F, 1, kMostRows - 1>(rows - i, keys, 0, nullptr, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
   }
   for (int i = 0; i < rows; ++i) {
@@ -197,7 +201,7 @@ void attend(const HeadCache& cache, std::int64_t chunk, const float* queries, in
     const unsigned char* values = cache.values + (slice * cache.capacity + begin) * kPanel * cache.element_bytes;
     int i = 0;
     for (; i + kMostRows <= rows; i += kMostRows)
-      tile<F, kMostRows, 1>(values, 0, nullptr, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
+      tile<F, kMostRows, 1, false>(values, 0, nullptr, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
     last_rows<F, 1, kMostRows - 1>(rows - i, values, 0, nullptr, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
   }
 }

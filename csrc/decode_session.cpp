@@ -314,11 +314,14 @@ void DecodeSession::attend_decoding(int thread, std::int64_t layer, const std::v
   const float scale = 1.0f / std::sqrt(static_cast<float>(shape.head_size));
   alignas(64) float queries[kMostQueries * 512];
   std::int64_t unit = 0, at = 0;
+  for (const Run& run : runs) unit += heads * (run.first_position / kChunk + 1);
+  const Range mine = share(unit, thread, team.size());  // side by side, so that chunks are one stream of memory
+  unit = 0;
   for (const Run& run : runs) {
     const std::int64_t chunks = run.first_position / kChunk + 1;
     for (std::int64_t head = 0; head < heads; ++head)
       for (std::int64_t chunk = 0; chunk < chunks; ++chunk, ++unit, at += group) {
-        if (unit % team.size() != thread) continue;
+        if (unit < mine.begin || unit >= mine.end) continue;
         if (chunk + 1 == chunks) write_cache(layer, run.first_token, run.slot, run.first_position, head);
         load_queries(run.first_token, 1, run.first_position, head, queries);
         std::int64_t last_seen[kMostQueries];
