@@ -20,7 +20,7 @@ MANIFEST_NAME = "manifest.json"
 MAX_STEP = 10**15 - 1
 
 _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
+_CHECKSUM = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _TREE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _STEP_NAME = re.compile(r"step-(\d{8,15})(~?)", re.ASCII)
 _SEALED = re.compile(rb'\{"sha256":"([0-9a-f]{64})","manifest":(\{.*\})\}\n', re.DOTALL)
@@ -36,11 +36,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in a safetensors file: dtype in that format's spelling, shape, CRC-32 (hex) of its bytes."""
+    """One tensor in a safetensors file: dtype as that format spells it, shape, `storage.checksum` of its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
-    crc32: str
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _tree_to_json(name: str, entry: TreeEntry) -> JSON:
         files[tensor_file(name)] = entry.tensor_file
     return {
         "files": {file: {"size": item.size, "sha256": item.sha256} for file, item in files.items()},
-        "tensors": {key: [item.dtype, list(item.shape), item.crc32] for key, item in entry.tensors.items()},
+        "tensors": {key: [item.dtype, list(item.shape), item.checksum] for key, item in entry.tensors.items()},
     }
 
 
@@ -162,8 +162,8 @@ def _file_from_json(name: str, entry: JSON) -> FileEntry:
 def _tensor_from_json(name: str, entry: JSON) -> TensorEntry:
     good = (is_tensor_name(name) and isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)
             and isinstance(entry[1], list) and all(map(_is_size, entry[1]))
-            and isinstance(entry[2], str) and _CRC.fullmatch(entry[2]) is not None)
-    _need(good, f"tensor {name[:80]!r}", entry, "[dtype, shape, crc32] under a tensor's name")
+            and isinstance(entry[2], str) and _CHECKSUM.fullmatch(entry[2]) is not None)
+    _need(good, f"tensor {name[:80]!r}", entry, "[dtype, shape, checksum] under a tensor's name")
     return TensorEntry(entry[0], tuple(entry[1]), entry[2])
 
 

@@ -10,13 +10,12 @@ import contextlib
 import hashlib
 import os
 import threading
-import zlib
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
 from fasttrain.manifest import FileEntry, TensorEntry, TreeEntry, structure_file, tensor_file
-from fasttrain.storage import crc_range, hash_range, open_regular, read_all, write_file
+from fasttrain.storage import checksum, checksum_range, hash_range, open_regular, read_all, write_file
 from fasttrain.tensorfile import TensorSpec, header_length, layout, map_tensors, parse_header, tensor_bytes
 from fasttrain.trees import MAX_JSON_BYTES, Tree, parse_json, unflatten_tree
 
@@ -52,8 +51,8 @@ def write_trees(directory: int, trees: Mapping[str, tuple[bytes, Mapping[str, Te
 def write_tree(directory: int, name: str, text: bytes, tensors: Mapping[str, Tensor]) -> TreeEntry:
     """Writes and fsyncs the files of tree `name` in `directory`; returns their entry for the manifest.
 
-    The file's SHA-256 is what loading checks (and `sha256sum` prints). Each tensor's CRC-32 only tells which one is
-    damaged, or differs from another checkpoint's, and costs a third of a second SHA-256.
+    The file's SHA-256 is what loading checks (and `sha256sum` prints). Each tensor's checksum only tells which one is
+    damaged, or differs from another checkpoint's: a second SHA-256 would cost more than the write.
     """
     structure = FileEntry(*write_file(directory, structure_file(name), [text]))
     if not tensors:
@@ -65,7 +64,7 @@ def write_tree(directory: int, name: str, text: bytes, tensors: Mapping[str, Ten
         yield header
         for key, spec in specs.items():  # one tensor at a time: a copy to the CPU lives no longer than its write
             view = tensor_bytes(tensors[key])
-            entries[key] = TensorEntry(spec.dtype, spec.shape, f"{zlib.crc32(view):08x}")
+            entries[key] = TensorEntry(spec.dtype, spec.shape, f"{checksum(view):016x}")
             yield view
 
     return TreeEntry(structure, FileEntry(*write_file(directory, tensor_file(name), pieces())), entries)
@@ -111,8 +110,12 @@ def _locate_damage(descriptor: int, entry: TreeEntry) -> str:
     except ValueError as error:
         return str(error)
     bad = [key for key, spec in specs.items()
-           if key not in entry.tensors or crc_range(descriptor, spec.start, spec.end) != entry.tensors[key].crc32]
+           if key not in entry.tensors or not _same_bytes(descriptor, spec, entry.tensors[key])]
     return f"damaged: tensor {', '.join(map(repr, bad[:5]))} ({len(bad)} in all)" if bad else "damaged: its header"
+
+
+def _same_bytes(descriptor: int, spec: TensorSpec, entry: TensorEntry) -> bool:
+    return f"{checksum_range(descriptor, spec.start, spec.end):016x}" == entry.checksum
 
 
 def _check_size(descriptor: int, entry: FileEntry) -> None:

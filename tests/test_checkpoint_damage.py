@@ -596,13 +596,13 @@ HOSTILE_MANIFESTS: dict[str, Damage] = {
     "hash is a number": loop_files({"loop.json": {"size": 1, "sha256": 0}}),
     "short hash": loop_files({"loop.json": {"size": 1, "sha256": "0"}}),
     "tensors without a file": manifest_edit(lambda body: body["trees"]["loop"].__setitem__(
-        "tensors", {"w": ["F32", [1], "0" * 8]})),
+        "tensors", {"w": ["F32", [1], "0" * 16]})),
     "a file without tensors": manifest_edit(lambda body: body["trees"]["model"].__setitem__("tensors", {})),
     "tensor entry is a table": manifest_edit(lambda body: body["trees"]["model"]["tensors"].__setitem__("w", {})),
     "tensor with a path": manifest_edit(lambda body: body["trees"]["model"]["tensors"].__setitem__(
         "../w", body["trees"]["model"]["tensors"].pop("w"))),
     "tensor of text sizes": manifest_edit(lambda body: body["trees"]["model"]["tensors"].__setitem__(
-        "w", ["F32", ["40"], "0" * 8])),
+        "w", ["F32", ["40"], "0" * 16])),
 }
 HOSTILE: dict[str, Damage] = {
     **{f"header: {name}": lambda path, data=data: forge(path, "model.safetensors", data)

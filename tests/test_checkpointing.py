@@ -243,7 +243,7 @@ def test_manifest_records_parent_versions_and_hashes(tmp_path: Path) -> None:
     manifest = read_manifest(save_checkpoint(tmp_path, 9, {"model": {"w": torch.ones(2)}}, metadata={"val_loss": 1.5}))
     assert manifest.parent_step == 5 and manifest.libraries["torch"] == torch.__version__
     entry = manifest.trees["model"].tensors["w"]
-    assert (entry.dtype, entry.shape, len(entry.crc32)) == ("F32", (2,), 8)
+    assert (entry.dtype, entry.shape, len(entry.checksum)) == ("F32", (2,), 16)
     assert read_manifest(tmp_path / "step-00000005").parent_step is None
 
 
