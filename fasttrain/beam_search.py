@@ -2,8 +2,10 @@
 
 The score of a finished text is its log-probability / (new tokens ^ length_penalty). At each step the best
 max(2, 1 + number of end tokens) * num_beams continuations of a prompt's beams are looked at: those among the first
-num_beams that end are finished, the first num_beams of those that do not end go on. These are the rules of
-transformers' `generate(num_beams=...)`, so the texts are its texts; but a prompt that is done leaves the batch.
+num_beams that end are finished, the first num_beams of those that do not end go on. Penalties and bans act on the
+log-probabilities, which are not normalised again: a text does not become likelier because others are banned. These are
+the rules of transformers' `generate(num_beams=...)`, so the texts are its texts; but a prompt that is done leaves the
+batch.
 Left out: sampling beams, groups, constraints.
 
 Shapes: P prompts still open, K beams each, V vocabulary; the decoder's rows are P * K, prompt by prompt.
@@ -64,10 +66,10 @@ def beam_search(
     open_ = [_Search(i, [Beam([], 0.0, []), *[nothing] * (K - 1)]) for i in range(len(prompts))]
     done: list[list[Beam]] = [[] for _ in prompts]
     for position in range(settings.max_new_tokens):
-        adjusted = sampler.adjusted(logits, position).float()
-        logprobs = adjusted.log_softmax(1)  # (P K, V)
-        _check(logprobs, adjusted, open_, K, position)
-        shown = logits.float().log_softmax(1) if raw_logprobs else logprobs
+        own = logits.float().log_softmax(1)  # (P K, V)
+        logprobs = sampler.adjusted(own, position)
+        _check(logprobs, open_, K, position)
+        shown = own if raw_logprobs else logprobs
         parents, tokens, going = [], [], []
         for number, search in enumerate(open_):
             part = slice(number * K, (number + 1) * K)
@@ -88,11 +90,11 @@ def beam_search(
     raise AssertionError("the last position ends every beam")
 
 
-def _check(logprobs: Tensor, adjusted: Tensor, searches: list[_Search], K: int, position: int) -> None:
+def _check(logprobs: Tensor, searches: list[_Search], K: int, position: int) -> None:
     bad = (~torch.isfinite(logprobs.amax(1))).nonzero()[:, 0].tolist()
     if bad:
         row = bad[0]
-        found = "NaN or +inf" if not bool((adjusted[row] == -math.inf).all()) else "nothing but -inf (all banned?)"
+        found = "nothing but -inf" if bool((logprobs[row] == -math.inf).all()) else "NaN or +inf"
         raise ValueError(
             f"prompt {searches[row // K].index}, new token {position}: the logits hold {found}; there is no likeliest "
             "token. Look for a diverged model, an overflow in reduced precision or bans that leave nothing"

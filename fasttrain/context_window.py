@@ -20,6 +20,7 @@ class SlidingDecoder:
 
     def __init__(self, decoder: Decoder, context: int) -> None:
         self._decoder, self._context, self._capacity = decoder, context, 0
+        self._held = 0  # positions in the decoder: as many as the longest row had, though it may have left since
         self._texts: list[list[int]] = []
 
     def start(self, prompts: Sequence[Sequence[int]], capacity: int) -> Tensor:
@@ -28,7 +29,8 @@ class SlidingDecoder:
         return self._restart()
 
     def step(self, tokens: Tensor) -> Tensor:
-        moved = False
+        self._held += 1
+        moved = self._held > self._capacity
         for text, token in zip(self._texts, tokens.tolist()):
             before = window_start(len(text), self._context)
             text.append(token)
@@ -41,6 +43,7 @@ class SlidingDecoder:
 
     def _restart(self) -> Tensor:
         windows = [text[window_start(len(text), self._context) :] for text in self._texts]
+        self._held = max(map(len, windows))
         return self._decoder.start(windows, self._capacity)
 
 

@@ -10,8 +10,9 @@ Shapes: B rows still being written, T positions of the longest prompt, V vocabul
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import WeightDtype
-from .native_decoding import NativeDecoder, native_problem
-from .utils import device_of
+from .native_decoding import NativeDecoder, native_problem, release
+from .utils import device_of, preserve_rng
 
 Engine = Literal["auto", "native", "eager"]
 
@@ -128,10 +129,12 @@ class HuggingFaceDecoder:
         return self._logits(tokens, tokens.size(1))
 
     def rewind(self, count: int) -> None:
+        if count == 0:
+            return
         length = self._mask.size(1) - count
         self._mask = self._mask[:, :length]
         if hasattr(self._cache, "crop"):
-            self._cache.crop(length)
+            self._cache.crop(-count)  # how many to remove; the length that is to stay is no longer taken
         else:  # tuples of tensors (B, heads, T, E), the form before the Cache classes
             self._cache = tuple(tuple(tensor[:, :, :length] for tensor in layer) for layer in self._cache)
 
@@ -203,6 +206,24 @@ class WindowDecoder:
         parts = [logits_of(self._model(ids))[:, -count:] for _, ids in self._groups]
         order = torch.cat([rows for rows, _ in self._groups]).argsort()
         return torch.cat(parts)[order]
+
+
+@contextlib.contextmanager
+def undisturbed(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode, no gradients, no autocast and the caller's random state put back: whatever happens inside, the models
+    and the process are then as they were."""
+    training = [module for model in models for module in model.modules() if module.training]
+    with preserve_rng(), torch.inference_mode(), torch.autocast(device_of(models[0]).type, enabled=False):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for model in models:
+                if model.training:  # its weights change before the next text: a packed copy would only take memory
+                    release(model)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,6 @@ have to be equally likely to within them for a text to differ.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +23,22 @@ from torch import nn
 
 from .config import GenerationConfig, from_dict, load_config, to_dict
 from .context_window import SlidingDecoder
-from .decoding import BranchingDecoder, Decoder, Engine, context_length, decoder_for, vocabulary_size
+from .decoding import (
+    BranchingDecoder,
+    Decoder,
+    Engine,
+    context_length,
+    decoder_for,
+    undisturbed,
+    vocabulary_size,
+)
 from .generation_loop import Event, FinishReason, Job, Logprobs, Row, beam_events_of, events_of
-from .native_decoding import release
 from .prompts import check_ids, check_tokenizer, fit_to_context, ids_of, kind_of
 from .sampler import Processor, truncation_of
 from .speculation import Drafter, DraftModel, PromptLookup, SpeculativeDecoder
 from .text_stream import TextStream
 from .tokenization import Tokenizer, as_tokenizer
-from .utils import device_of, preserve_rng, unwrap
+from .utils import device_of, unwrap
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Generated:
     """What ended it: an end-of-text token, a stop string, or max_new_tokens."""
     logprobs: list[float] | None = None
     """Log-probability (natural) of each id if asked for. raw: under the model's own distribution; processed: under the
-    one drawn from, after penalties, temperature and filters (0 for a greedy choice)."""
+    one drawn from, after penalties, temperature and filters (0 for a greedy choice; beams: without filters)."""
     score: float | None = None
     """Beam search's score: the sum of log-probabilities / new ids ^ length_penalty."""
     drafted: int = 0
@@ -127,7 +133,7 @@ def generate(
     models = [model] if draft_model is None else [model, unwrap(draft_model)]
     if stream:
         return _streamed(run, models, as_text, as_text and single and settings.num_samples == 1)
-    with _undisturbed(models):
+    with undisturbed(models):
         for _ in run:
             pass
     results = [_result(row, job, details) for row in rows]
@@ -238,29 +244,11 @@ def _result(row: Row, job: Job, details: bool) -> Any:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _undisturbed(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast and the caller's random state put back: whatever happens inside, the models
-    and the process are then as they were."""
-    training = [module for model in models for module in model.modules() if module.training]
-    with preserve_rng(), torch.inference_mode(), torch.autocast(device_of(models[0]).type, enabled=False):
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
-            for model in models:
-                if model.training:  # its weights change before the next text: a packed copy would only take memory
-                    release(model)
-
-
 def _streamed(run: Iterator[list[Event]], models: Sequence[nn.Module], as_text: bool, bare: bool) -> Iterator[Any]:
     """Steps `run` and hands out its events. The modes are set for each step and not across a yield: between two pieces
     the caller's own code runs."""
     while True:
-        with _undisturbed(models):
+        with undisturbed(models):
             events = next(run, None)
         if events is None:
             return

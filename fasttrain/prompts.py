@@ -87,13 +87,17 @@ def fit_to_context(model: nn.Module, prompts: list[list[int]], settings: Generat
     return prompts
 
 
-def check_ids(model: nn.Module, prompts: list[list[int]], settings: GenerationConfig, eos: Sequence[int]) -> None:
-    """Refuses ids that the model does not have."""
+def check_ids(
+    model: nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationConfig | None = None,
+    eos: Sequence[int] = (),
+) -> None:  # fmt: skip
+    """Refuses ids that the model does not have, in the prompts and in the settings."""
     vocabulary = vocabulary_size(model)
     end = 2**63 if vocabulary is None else vocabulary
     named = [(f"prompt {index} holds", row) for index, row in enumerate(prompts)]
-    named += [("GenerationConfig.banned_tokens holds", list(settings.banned_tokens))]
-    named += [("GenerationConfig.logit_bias holds", list(settings.logit_bias)), ("eos_token_id holds", list(eos))]
+    if settings is not None:
+        named += [("GenerationConfig.banned_tokens holds", settings.banned_tokens)]
+        named += [("GenerationConfig.logit_bias holds", list(settings.logit_bias)), ("eos_token_id holds", eos)]
     for where, ids in named:
         bad = next((token for token in ids if not 0 <= token < end), None)
         if bad is not None:

@@ -63,6 +63,7 @@ LEVELS = [
         "optimizations",
         "profiling",
         "progress",
+        "scoring",
         "spikes",
     },
     {"training_loop", "assembly", "retention", "capsule"},
