@@ -142,7 +142,7 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continues a prompt with a checkpoint's model, printing as it goes."""
+    """Continues a prompt with a checkpoint's model, printing as it goes; several samples when all are done."""
 
     checkpoint: Path
     """A checkpoint, or the directory of a run (its newest good one)."""
@@ -152,6 +152,10 @@ class Generate:
 
     def run(self) -> int:
         model, tokenizer, _ = open_checkpoint(self.checkpoint)
+        if self.config.num_samples > 1:
+            texts = generate(model, self.prompt, self.config, tokenizer=tokenizer)
+            sys.stdout.write("\n---\n".join(self.prompt + text for text in texts) + "\n")
+            return 0
         sys.stdout.write(self.prompt)
         for piece in generate(model, self.prompt, self.config, tokenizer=tokenizer, stream=True):
             sys.stdout.write(piece)

@@ -106,6 +106,11 @@ def test_generate_continues_the_prompt_and_is_repeatable(workplace: Path) -> Non
     first, second = (fasttrain(*command, cwd=workplace).stdout for _ in range(2))
     assert first == second and first.startswith("number 1 is") and len(first) > len("number 1 is") + 5
     assert fasttrain(*command[:-1], "4", cwd=workplace).stdout != first
+    several = fasttrain(*command, "--num-samples", "2", "--logit-bias", "101", "2.5", cwd=workplace)
+    samples = several.stdout.split("\n---\n")
+    assert len(set(samples)) == 2 and all(sample.startswith("number 1 is") for sample in samples)
+    beams = fasttrain(*command, "--num-beams", "2", "--eos-token-id", "3", "4", "--stop", cwd=workplace)
+    assert beams.stdout.startswith("number 1 is")
 
 
 def test_verify_names_the_damaged_checkpoint(workplace: Path) -> None:

@@ -453,6 +453,7 @@ def test_every_field_changes_what_is_written() -> None:
         "no_repeat_ngram": 1, "banned_tokens": tuple(range(200)), "logit_bias": dict.fromkeys(range(200), -5.0),
         "num_beams": 2, "stop": ("zh",), "eos_token_id": ends, "seed": 4,
     }  # fmt: skip
+    again = {**low, "repetition_penalty": 0.5}  # rewards repeats, so that there are some
     beams = {"num_beams": 3, "temperature": 1.0, "eos_token_id": ends}
     dependent: dict[str, tuple[dict[str, Any], Any]] = {
         "min_new_tokens": ({"eos_token_id": ends}, 20),
@@ -460,10 +461,10 @@ def test_every_field_changes_what_is_written() -> None:
         "xtc_threshold": ({**low, "xtc_probability": 1.0}, 0.001),
         "order": ({"top_p": 0.7, "temperature": 3.0}, "llama.cpp"),
         "penalty_scope": ({"presence_penalty": 2.0}, "all"),
-        "dry_multiplier": ({**low, "repetition_penalty": 0.9}, 3.0),
-        "dry_base": ({**low, "dry_multiplier": 0.7, "repetition_penalty": 0.9}, 6.0),
-        "dry_allowed_length": ({**low, "dry_multiplier": 3.0}, 1),
-        "dry_breakers": ({**low, "dry_multiplier": 9.0, "dry_allowed_length": 1}, tuple(map(chr, range(128)))),
+        "dry_multiplier": (again, 3.0),
+        "dry_base": ({**again, "dry_multiplier": 0.05, "dry_allowed_length": 1}, 200.0),
+        "dry_allowed_length": ({**again, "dry_multiplier": 3.0}, 1),
+        "dry_breakers": ({**again, "dry_multiplier": 9.0}, tuple(map(chr, range(128)))),
         "length_penalty": (beams, -3.0),
         "early_stopping": (beams, "never"),
     }
