@@ -466,7 +466,7 @@ def test_every_field_changes_what_is_written() -> None:
         "dry_allowed_length": ({**again, "dry_multiplier": 3.0}, 1),
         "dry_breakers": ({**again, "dry_multiplier": 9.0}, tuple(map(chr, range(128)))),
         "length_penalty": (beams, -3.0),
-        "early_stopping": (beams, "never"),
+        "early_stopping": ({**beams, "length_penalty": 3.0}, "first"),
     }
     # These must not change the text; that they act is seen elsewhere in this file.
     silent = {"speculation", "num_draft_tokens", "long_text", "weight_dtype"}
