@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import WindowDecoder, context_length, decoder_for, logits_of, undisturbed
-from .losses import IGNORE, linear_head
+from .losses import IGNORE, Parts, hidden_states, linear_head, shift_left
 from .ops import cross_entropy, linear_cross_entropy
 from .prompts import check_ids, check_tokenizer, ids_of, kind_of
 from .tokenization import as_tokenizer
@@ -112,16 +112,17 @@ def _logprobs(model: nn.Module, texts: Sequence[Sequence[int]]) -> list[list[flo
     ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)  # (B, T)
     lengths = torch.tensor([len(text) for text in texts], device=device)
     mask = torch.arange(longest, device=device) < lengths[:, None]  # (B, T), padding on the right
-    arguments = {} if bool(mask.all()) else {"attention_mask": mask.long()}
-    targets = torch.where(mask[:, 1:], ids[:, 1:], IGNORE).flatten()
+    extras = {} if bool(mask.all()) else {"attention_mask": mask.long()}
+    parts = Parts(ids, shift_left(torch.where(mask, ids, IGNORE)), extras)
+    targets = parts.targets.flatten()  # (B T,), each row's last is none
     head, _ = linear_head(model)
     if head is not None:
-        hidden = model(ids, return_hidden=True, **arguments)[:, :-1].flatten(0, 1)  # (B (T - 1), D)
+        hidden = head.scaled(hidden_states(model, head, parts))  # (B T, D)
         loss: Tensor = linear_cross_entropy(
-            hidden, head.weight, targets, bias=getattr(head, "bias", None), ignore_index=IGNORE, reduction="none"
+            hidden, head.weight, targets, bias=head.bias, softcap=head.softcap, ignore_index=IGNORE, reduction="none"
         )
     else:
-        logits = logits_of(model(ids, **arguments))[:, :-1].flatten(0, 1)  # (B (T - 1), V)
+        logits = logits_of(model(ids, **extras)).flatten(0, 1)  # (B T, V)
         loss = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-    rows = (-loss.float()).view(len(texts), longest - 1).tolist()
+    rows = (-loss.float()).view(ids.shape).tolist()
     return [row[: len(text) - 1] for row, text in zip(rows, texts)]
