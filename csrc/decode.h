@@ -179,6 +179,7 @@ class DecodeSession {
   std::int64_t drawn_ = 0;
   std::vector<std::vector<std::int64_t>> pending_;  // drawn, not read by the model yet
   std::vector<float> logits_;                       // (rows, padded V)
+  std::int64_t num_logits_ = 0;                     // of them from the last forward
 
   // Workspace of one pass.
   std::int64_t reserved_tokens_ = 0;

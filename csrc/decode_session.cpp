@@ -92,6 +92,12 @@ void DecodeSession::select(const std::vector<std::int64_t>& rows) {
         copy_cache(selected[earlier].slot, selected[i].slot, selected[i].length);
         break;
       }
+  if (num_logits_ == static_cast<std::int64_t>(rows_.size())) {  // what `run` draws from next
+    std::vector<float> moved(rows.size() * ld_logits_);
+    for (std::size_t i = 0; i < rows.size(); ++i) std::memcpy(moved.data() + i * ld_logits_, logits_.data() + rows[i] * ld_logits_, ld_logits_ * sizeof(float));
+    std::swap(logits_, moved);
+    num_logits_ = static_cast<std::int64_t>(rows.size());
+  }
   rows_ = std::move(selected);
   pending_ = std::move(pending);
 }
@@ -126,6 +132,7 @@ void DecodeSession::forward(const std::vector<std::vector<std::int64_t>>& tokens
     num_logits += every ? count : 1;
   }
   if (static_cast<std::int64_t>(logits_.size()) < num_logits * ld_logits_) logits_.resize(num_logits * ld_logits_);
+  num_logits_ = num_logits;
   const std::lock_guard<std::mutex> lock(weights_->computing);
   std::vector<Run> runs;
   std::vector<std::int64_t> ids, wanted;
@@ -385,6 +392,8 @@ std::vector<std::vector<std::int64_t>> DecodeSession::run(std::int64_t rounds, S
   namespace py = pybind11;
   if (seeds.size() != rows_.size()) throw std::invalid_argument("run needs a seed for each live row");
   if (vocabulary < 1 || vocabulary > weights_->shape.vocab_size) throw std::invalid_argument("run draws from tokens that the model does not have");
+  if (!rows_.empty() && pending_.empty() && num_logits_ != static_cast<std::int64_t>(rows_.size()))
+    throw std::invalid_argument("run draws from the logits after each row's last token; extend without `every` makes them");
   for (std::size_t i = 0; i < rows_.size(); ++i) rows_[i].seed = seeds[i];
   std::vector<std::vector<std::int64_t>> all;
   auto looked = std::chrono::steady_clock::now();
