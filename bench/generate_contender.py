@@ -10,6 +10,7 @@ installation of Python.
 from __future__ import annotations
 
 import json
+import mmap
 import sys
 import time
 from collections.abc import Callable
@@ -118,7 +119,10 @@ def floor_writer(size: int, threads: int) -> Writer:
     from fasttrain.backend import extension
 
     module: Any = extension()
-    weights = torch.zeros(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # as the packed weights are
+    weights = torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
 
     def write(ids: list[int], count: int) -> list[int]:
         for _ in range(count):

@@ -3,9 +3,12 @@
 // threads through the kernel each time.
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -21,6 +24,10 @@ class ThreadTeam {
     for (int i = 1; i < size; ++i) workers_.emplace_back([this, i] { serve(i); });
   }
   ~ThreadTeam() {
+    if (getpid() != owner_) {  // a forked child has this object but none of its threads
+      for (std::thread& worker : workers_) worker.detach();
+      return;
+    }
     work_ = nullptr;
     announce();
     for (std::thread& worker : workers_) worker.join();
@@ -32,6 +39,7 @@ class ThreadTeam {
 
   // Runs work(i) on every thread i and returns when all are done. `work` must not throw.
   void run(const std::function<void(int)>& work) {
+    if (getpid() != owner_) throw std::runtime_error("a decoder made before a fork cannot run in the child; make it anew there");
     work_ = &work;
     announce();
     work(0);
@@ -83,6 +91,7 @@ class ThreadTeam {
   }
 
   const int size_;
+  const pid_t owner_ = getpid();
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<std::uint32_t> task_{0}, phase_{0};
   std::atomic<int> arrived_{0};

@@ -25,7 +25,9 @@ from .backend import CPP_PROBLEM, TRITON_PROBLEM, extension, instruction_set
 from .checkpointing import latest_checkpoint, list_checkpoints, read_manifest, verify_checkpoint
 from .config import GenerationConfig, TrainConfig, load_config
 from .data import TokenDataset, TokenLoader, prepare_tokens
+from .decoding import Engine
 from .generation import generate
+from .llama_weights import LLAMA_FAMILY
 from .models.gpt import GPT, GPTConfig
 from .ops import backend_info
 from .optimizations import tune_cpu_memory
@@ -149,6 +151,8 @@ class Generate:
     prompt: str
     """The text to continue."""
     config: Annotated[GenerationConfig, Flat] = GenerationConfig()
+    engine: Engine = "auto"
+    """native: the C++ decoder (CPU), or an error that says why it cannot serve; eager: the model's own forward."""
 
     def run(self) -> int:
         model, tokenizer, _ = open_checkpoint(self.checkpoint)
@@ -157,7 +161,7 @@ class Generate:
             sys.stdout.write("\n---\n".join(self.prompt + text for text in texts) + "\n")
             return 0
         sys.stdout.write(self.prompt)
-        for piece in generate(model, self.prompt, self.config, tokenizer=tokenizer, stream=True):
+        for piece in generate(model, self.prompt, self.config, tokenizer=tokenizer, stream=True, engine=self.engine):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -219,6 +223,7 @@ class Doctor:
                     "extension",
                     CPP_PROBLEM or f"{instruction_set()} of {', '.join(module.available_isas() if module else [])}",
                 ),
+                ("native decoding", CPP_PROBLEM or f"models.gpt.GPT, {', '.join(LLAMA_FAMILY)} on the CPU"),
                 ("triton", TRITON_PROBLEM or "installed"),
                 ("precision", f"{str(amp.dtype).removeprefix('torch.')}: {amp.reason}"),
                 (policy.name, f"{'usable' if policy.on else 'not usable'}: {policy.reason}"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -24,6 +25,7 @@ from .native_decoding import NativeDecoder, native_problem, release
 from .utils import device_of, preserve_rng
 
 Engine = Literal["auto", "native", "eager"]
+_logger = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
@@ -62,8 +64,13 @@ def decoder_for(
     Raises:
         ValueError: engine "native", or a `weight_dtype` other than the model's, where the native decoder cannot serve.
     """
-    if engine == "native" or (engine == "auto" and (weight_dtype != "model" or not native_problem(model))):
+    if engine == "native" or (engine == "auto" and weight_dtype != "model"):
         return NativeDecoder(model, weight_dtype)
+    if engine == "auto":
+        problem = native_problem(model)
+        if not problem:
+            return NativeDecoder(model, weight_dtype)
+        _logger.info("the native engine does not serve %s: %s", type(model).__name__, problem)
     if weight_dtype != "model":
         raise ValueError(f"weight_dtype={weight_dtype!r} needs the native engine; engine is {engine!r}")
     if hasattr(model, "new_cache") and hasattr(model, "get_output_embeddings"):

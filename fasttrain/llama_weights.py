@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LLAMA_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+LLAMA_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length of the text
 
 
@@ -69,10 +69,10 @@ def llama_weights(model: nn.Module) -> LlamaWeights:
     kind = type(model)
     if kind.__name__ == "GPT" and kind.__module__ == "fasttrain.models.gpt":
         read = _read_gpt
-    elif kind.__name__ in _LLAMA_FAMILY and kind.__module__.startswith("transformers."):
+    elif kind.__name__ in LLAMA_FAMILY and kind.__module__.startswith("transformers."):
         read = _read_llama
     else:
-        raise NotLlamaShaped(f"it reads fasttrain.models.gpt.GPT and transformers' {', '.join(_LLAMA_FAMILY)}")
+        raise NotLlamaShaped(f"it reads fasttrain.models.gpt.GPT and transformers' {', '.join(LLAMA_FAMILY)}")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise NotLlamaShaped(f"module {name or 'model'!r} has forward hooks, which it would not call")

@@ -13,6 +13,7 @@ Shapes: B rows, V vocabulary, D hidden size, H query heads, K key/value heads, E
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,10 @@ class NativeDecoder:
     def __init__(self, model: nn.Module, weight_dtype: WeightDtype = "model") -> None:
         problem = native_problem(model, weight_dtype)
         if problem:
-            raise ValueError(f"engine='native' cannot serve {type(model).__name__}: {problem}. Use engine='auto'")
+            raise ValueError(
+                f"engine='native' cannot serve {type(model).__name__}: {problem}. "
+                "Use engine='auto', weight_dtype='model'"
+            )
         self._decoder = llama_weights(model)
         self._weights = _prepared(model, self._decoder, weight_dtype)
         self._session: Any = None
@@ -127,7 +131,8 @@ def _prepared(model: nn.Module, decoder: LlamaWeights, weight_dtype: WeightDtype
     threads = torch.get_num_threads()
     tensors = decoder.tensors()
     sums = module.checksums([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors], threads)
-    key = (wanted, threads, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), tuple(sums))
+    # A forked process has no threads of its parent's.
+    key = (os.getpid(), wanted, threads, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), tuple(sums))
     if model in _PREPARED and _PREPARED[model][0] == key:
         return _PREPARED[model][1]
     _PREPARED.pop(model, None)  # first, so that the two never stand in memory together

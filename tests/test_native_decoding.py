@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -288,6 +289,25 @@ def test_memory_is_given_back_with_the_model_or_when_asked() -> None:
     del model
     gc.collect()
     assert len(native_decoding._PREPARED) == count - 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_packs_anew_and_does_not_wait_for_its_parents_threads() -> None:
+    model = gpt()
+    decoder = NativeDecoder(model)
+    want = decoder.start([[1, 2]], 4)
+    child = os.fork()
+    if child == 0:  # leaves by _exit whatever happens: pytest must not go on twice
+        status = 1
+        try:
+            try:
+                decoder.step(torch.tensor([1]))
+            except RuntimeError as error:
+                fresh = NativeDecoder(model)
+                status = 0 if "before a fork" in str(error) and torch.equal(fresh.start([[1, 2]], 4), want) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_two_texts_at_once_on_one_model_do_not_mix() -> None:
