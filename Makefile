@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | gate | clean: each creates what it needs, once.
+# make demo | test | bench | lint | sanitize | gate | clean: each creates what it needs, once.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= runs/demo
 
-.PHONY: demo test test-slow bench lint gate gpu clean
+.PHONY: demo test test-slow bench lint sanitize gate gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --out $(OUT)
@@ -25,6 +25,12 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The C++ built with the address and undefined-behaviour sanitizers, aside, and the ops' tests on it.
+sanitize: $(STAMP)
+	FASTTRAIN_SANITIZE=1 FASTTRAIN_BUILD=require $(BIN)/python setup.py -q build --build-base build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=$$(echo build/sanitize/lib.*) $(BIN)/pytest -q -p no:cacheprovider tests/ops -k "not triton and not graph_break"
 
 # What can be known about the GPU kernels without a GPU: bytes counted, machine code read, time modelled.
 gate: $(STAMP)

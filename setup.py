@@ -16,6 +16,7 @@ if MODE not in ("auto", "require", "off"):
     raise SystemExit(f"FASTTRAIN_BUILD is {MODE!r}; it must be auto, require or off")
 
 ROOT = Path(__file__).parent
+SANITIZE = os.environ.get("FASTTRAIN_SANITIZE") == "1"  # for `make sanitize`: slow code that stops at a fault
 NATIVE = os.environ.get("FASTTRAIN_NATIVE") == "1"  # tune for this very CPU; the result may not run on another
 
 
@@ -51,9 +52,9 @@ def extension_arguments() -> dict:
 
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h"))
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
     flags = [
-        "-O3",
-        "-g0",
+        *(["-O1", "-g1", *sanitizers] if SANITIZE else ["-O3", "-g0"]),
         "-std=c++20",
         "-fno-math-errno",
         "-ffp-contract=off",
@@ -61,6 +62,7 @@ def extension_arguments() -> dict:
         "-Wall",
         "-Wno-maybe-uninitialized",
     ]
+    link_flags = [*sanitizers, *([] if SANITIZE else ["-Wl,-s"]), "-Wl,--as-needed"]
     extension = CppExtension(
         name="fasttrain._C",
         sources=sources,
@@ -68,7 +70,7 @@ def extension_arguments() -> dict:
         # Target 2.10: one build serves every later torch. BuildExtension reads MAX_JOBS.
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)],
         extra_compile_args={"cxx": flags + (["-march=native"] if NATIVE else [])},
-        extra_link_args=["-Wl,-s", "-Wl,--as-needed"] if sys.platform == "linux" else [],
+        extra_link_args=link_flags if sys.platform == "linux" else [],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

@@ -76,7 +76,7 @@ def traffic(params: list[torch.nn.Parameter]) -> Callable[[], None]:
     return move
 
 
-@pytest.mark.parametrize("num_large", [3, 30], ids=lambda n: f"{n}M parameters")
+@pytest.mark.parametrize("num_large", [1, 3, 10, 30], ids=lambda n: f"{n}M parameters")
 def test_adamw(benchmark: Any, num_large: int) -> None:
     """Every call leaves zeros in the gradients; no time depends on their values, so they are not filled again."""
     check()
@@ -89,8 +89,9 @@ def test_adamw(benchmark: Any, num_large: int) -> None:
         "fasttrain, int8 moments": our_step(sets[4], "int8"),
     }
     size = f"{num_large} M parameters + 300 small tensors, {DEVICE}"
-    rows = compare(benchmark, "clip + AdamW + zero", size, our_step(sets[0]), others)
     numel = sum(p.numel() for p in sets[0])
+    growth = (DEVICE, "parameters", numel)
+    rows = compare(benchmark, "clip + AdamW + zero", size, our_step(sets[0]), others, growth=growth)
     floor = rows["floor: traffic"].p50_ms
     for name, num_bytes in BYTES.items():
         milliseconds = rows[name].p50_ms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,12 +56,18 @@ def test_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, int], dt
 
     check(logits, targets, step, clear)
     others = {"floor: copy": floor, "F.cross_entropy": lambda: step(F.cross_entropy)}
-    if size == (1024, 50304) and dtype == torch.float32:
-        compiled = torch.compile(F.cross_entropy)
-        others["torch.compile"] = lambda: step(compiled)
-    label = f"N={N} V={V} {str(dtype).removeprefix('torch.')}, {allocator if DEVICE == 'cpu' else DEVICE}"
+    compiled = torch.compile(F.cross_entropy)
+    others["torch.compile"] = lambda: step(compiled)
+    others["reference"] = lambda: step(functools.partial(ops.cross_entropy, impl="reference"))
+    kind = f"{str(dtype).removeprefix('torch.')}, {allocator if DEVICE == 'cpu' else DEVICE}"
     compare(
-        benchmark, "cross_entropy forward + backward", label, lambda: step(ops.cross_entropy), others, prepare=clear
+        benchmark,
+        "cross_entropy forward + backward",
+        f"N={N} V={V} {kind}",
+        lambda: step(ops.cross_entropy),
+        others,
+        prepare=clear,
+        growth=(kind, "logits, N x V", N * V),
     )
 
 

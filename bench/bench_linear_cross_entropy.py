@@ -59,6 +59,9 @@ def test_linear_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, i
 
     check(hidden, weight, targets, step, clear)
     others = {"eager": lambda: step(eager)}
+    if DEVICE != "cpu" or V < 100_000:
+        compiled = torch.compile(eager)
+        others["torch.compile"] = lambda: step(compiled)
     if share_ignored == 0.0:
         others["floor: three products"] = floor(hidden, weight)
     if hasattr(F, "linear_cross_entropy") and V < 100_000:  # torch 2.13; with its defaults a minute a call above
@@ -73,6 +76,7 @@ def test_linear_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, i
         others,
         rounds=5,
         prepare=clear,
+        growth=(f"{share_ignored:.0%} ignored, {policy}", "multiply-adds of a product, N x V x D", N * V * D),
     )
 
 

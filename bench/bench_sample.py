@@ -78,9 +78,14 @@ def test_sample(benchmark: Any, size: tuple[int, int], name: str, rows: str) -> 
 
     peer = pipeline(**options)
     others = {"floor: one read": timed(lambda: logits.amax(1)), "PyTorch pipeline": timed(lambda: peer(logits))}
+    if size == (1, 128256) and rows == "normal":
+        compiled = torch.compile(peer)
+        others["torch.compile of the pipeline"] = timed(lambda: compiled(logits))
+        others["reference"] = timed(lambda: ops.sample(logits, seed=1, impl="reference", **options))
     ours = timed(lambda: ops.sample(logits, seed=1, **options))
     title = f"{label(size)}, {DEVICE}" + ("" if rows == "normal" else f", {rows}")
-    compare(benchmark, f"sample, {name}", title, ours, others, rounds=15)
+    growth = (f"B={B}, {rows}, {DEVICE}", "tokens, V", V)
+    compare(benchmark, f"sample, {name}", title, ours, others, rounds=15, growth=growth)
 
 
 def check(logits: Tensor, options: dict[str, Any]) -> None:

@@ -36,8 +36,13 @@ class Row:
     p80_ms: float
     times_ours: float  # p50 over ours
     peak_mib: float
+    curve: str = ""
+    """Rows of one curve differ only in `amount`: what the plots draw time against. Empty: in no plot."""
+    axis: str = ""
+    amount: float = 0.0
 
 
+TABLE_FIELDS = tuple(Row.__dataclass_fields__)[:-3]
 ROWS: list[Row] = []
 
 
@@ -50,9 +55,11 @@ def compare(
     *,
     rounds: int = 9,
     prepare: Callable[[], Any] = lambda: None,
+    growth: tuple[str, str, float] = ("", "", 0.0),
 ) -> dict[str, Row]:
     """Times `ours` and the `others` in `rounds` interleaved rounds and records a row for each.
 
+    `growth` is (curve, axis, amount): where the rows stand in a plot of time against size.
     `prepare` runs before every measured call, outside its time. Returns the rows by contender name.
     """
     times: dict[str, list[float]] = {key: [] for key in others}
@@ -76,7 +83,7 @@ def compare(
     for key, values in times.items():
         p20, p50, p80 = percentiles(values)
         peak = peak_resident_mib(ours if key == "fasttrain" else others[key], prepare)
-        rows[key] = Row(name, size, key, p20, p50, p80, p50 / ours_median, peak)
+        rows[key] = Row(name, size, key, p20, p50, p80, p50 / ours_median, peak, *growth)
     benchmark.extra_info.update({key: round(row.p50_ms, 3) for key, row in rows.items()})
     ROWS.extend(rows.values())
     return rows
@@ -156,7 +163,7 @@ def write_results(rows: list[Row], title: str) -> Path:
     path = RESULTS / f"{title}.csv"
     fresh = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*facts, *Row.__dataclass_fields__])
+        writer = csv.DictWriter(file, fieldnames=[*facts, *TABLE_FIELDS], extrasaction="ignore")
         if fresh:
             writer.writeheader()
         writer.writerows({**facts, **asdict(row)} for row in rows)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
 import pytest
 
 from bench.common import ROWS, markdown, write_results
+from bench.plots import write_plots
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,4 +24,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(markdown(ROWS))
     title = os.environ.get("FASTTRAIN_BENCH_OUT")
     if title:
-        terminalreporter.write_line(f"\nwritten to {write_results(ROWS, title)}")
+        path = write_results(ROWS, title)
+        terminalreporter.write_line(f"\nwritten to {path}")
+        if importlib.util.find_spec("matplotlib"):
+            for plot in write_plots(ROWS, path.parent, title):
+                terminalreporter.write_line(f"drawn in {plot}")
+        else:
+            terminalreporter.write_line("no plots: matplotlib is not installed (pip install 'fasttrain[plot]')")

@@ -139,7 +139,7 @@ Problem make_problem(const Tensor& logits, const Tensor& targets, std::int64_t i
                   "cross_entropy: targets must be contiguous int64");
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
                       dtype == ScalarType::Double, "cross_entropy: logits must be float32, bfloat16, float16 or float64");
-  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, "cross_entropy: logits' last dimension must be contiguous");
+  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1 || logits.size(0) == 0, "cross_entropy: logits' last dimension must be contiguous");
   Problem p{};
   p.N = logits.size(0);
   p.V = logits.size(1);

@@ -126,7 +126,8 @@ def sample(
     # The usual call of a decoding loop, without the microseconds of looking at each argument: the kernel refuses what
     # it cannot take, and then the long way finds out why.
     kinds = (type(temperature), type(top_k), type(top_p), type(min_p), type(seed), type(position))
-    if impl == "auto" and _CPP_IS_AUTO and logits.is_cpu and not logits.requires_grad and _PLAIN.issuperset(kinds):
+    if (impl == "auto" and _CPP_IS_AUTO and logits.is_cpu and not logits.requires_grad and logits.numel()
+            and _PLAIN.issuperset(kinds)):
         try:
             drawn: tuple[Tensor, Tensor] = _SAMPLE(logits, temperature, top_k, top_p, min_p, seed, position)
         except (RuntimeError, TypeError, OverflowError):
@@ -153,6 +154,9 @@ def _run(logits: Tensor, given: dict[str, Any], namespace: str) -> tuple[Tensor,
         logits = logits.detach()
     if logits.dtype == torch.float64:
         logits = logits.float()
+    if logits.size(0) == 0:  # no row would look at its parameters
+        row_parameters(0, logits.device, given)
+        return logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32)
     if logits.stride(1) != 1 and logits.size(1) > 1:
         logits = logits.contiguous()
     try:

@@ -18,6 +18,7 @@ from triton_gate import count_bytes
 from fasttrain.kernels import adamw as kernels
 from fasttrain.ops.adamw import AdamW, Shard
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHAPES = ((), (3,), (16, 16), (0,), (4096,), (33, 129), (2048,))
 
 

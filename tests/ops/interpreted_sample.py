@@ -20,7 +20,10 @@ from fasttrain.ops._row_parameters import RowParameters, row_parameters
 from fasttrain.ops.sample import sample_reference
 
 # numpy remarks on what float32 does by itself: -inf for a far token, NaN in a row that is about to be refused.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 NOTHING: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 3, "position": 5}
 EVERYTHING = {"top_k": 700, "top_p": 0.8, "min_p": 0.01}
 FILTERS: list[dict[str, Any]] = [{}, {"min_p": 0.05}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}, EVERYTHING]

@@ -27,6 +27,7 @@ from fasttrain.ops.adamw import AdamW, Shard
 needs_cpp = pytest.mark.skipif(bool(CPP_PROBLEM), reason=CPP_PROBLEM or "-")
 ISAS = extension().available_isas() if not CPP_PROBLEM else []  # type: ignore[union-attr]
 STATES = ("float32", "bfloat16", "int8")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHAPES = ((), (1,), (255,), (257,), (3, 0), (70, 100), (4096,), (20000,), (33, 129))
 
 
@@ -521,3 +522,13 @@ def test_wrong_tensors_are_refused_before_anything_is_written() -> None:
     with pytest.raises(RuntimeError):
         torch.ops.fasttrain.adamw_norm([])
     assert torch.equal(p, before) and step == 0
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_the_norm_of_more_than_two_to_the_31_elements(tmp_path: Any) -> None:
+    """Of a sparse file whose only values lie beyond what 32 bits count."""
+    numel = 2**31 + 100
+    grad = torch.from_file(str(tmp_path / "sparse"), shared=True, size=numel, dtype=torch.bfloat16)
+    grad[-1], grad[2**31 + 3] = 3.0, 4.0
+    assert torch.ops.fasttrain.adamw_norm([grad]) == 5.0

@@ -491,3 +491,18 @@ def test_the_reference_is_the_logits_cross_entropy() -> None:
     torch.testing.assert_close(
         got, ops.cross_entropy(logits, targets, label_smoothing=0.3, z_loss=0.01, softcap=2.0, reduction="none")
     )
+
+
+@needs_extension
+def test_offsets_beyond_two_to_the_31(tmp_path: Any) -> None:
+    """Rows 2^30 + 8 elements apart in sparse files: a 32-bit offset would wrap and read other memory."""
+    stride, dense = 2**30 + 8, head(4, 6, 4)
+    far = []
+    for name, tensor in zip(("hidden", "weight"), dense):
+        flat = torch.from_file(str(tmp_path / name), shared=True, size=3 * stride + 6, dtype=torch.float32)
+        far.append(flat.as_strided((4, 6), (stride, 1)).copy_(tensor))
+    got, want = (
+        ops.linear_cross_entropy(hidden, weight, dense[3], impl=impl)
+        for impl, hidden, weight in (("cpp", *far), ("reference", *dense[:2]))
+    )
+    torch.testing.assert_close(got, want)

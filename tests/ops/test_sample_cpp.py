@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sample_problems import assert_equal_to_the_reference, compare_random_rows
 from torch import Tensor
@@ -18,7 +18,10 @@ from fasttrain import backend_info, ops
 from fasttrain.backend import extension
 
 _C = extension()
-pytestmark = pytest.mark.skipif(_C is None, reason="the compiled extension is not installed")
+pytestmark = [
+    pytest.mark.skipif(_C is None, reason="the compiled extension is not installed"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 ISAS = _C.available_isas() if _C else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MANY = {"top_k": 3000, "top_p": 0.5, "min_p": 0.01}
@@ -81,7 +84,7 @@ def test_logits_that_cluster_where_halving_an_interval_is_slow(isa: str) -> None
             assert_equal_to_the_reference("cpp", x, seed=torch.arange(20), **options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_row_of_floats(data: st.DataObject) -> None:
     value = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0, 1.0, -math.inf])
