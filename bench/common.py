@@ -95,7 +95,15 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def peak_resident_mib(call: Callable[[], Any], prepare: Callable[[], Any]) -> float:
-    """Resident memory at the peak of one call above its start (Linux; NaN elsewhere)."""
+    """Memory at the peak of one call above its start: the GPU's where there is one, else resident (Linux; NaN
+    elsewhere)."""
+    if torch.cuda.is_available():
+        prepare()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     try:
         prepare()
         gc.collect()

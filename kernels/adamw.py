@@ -238,8 +238,9 @@ def adamw_norm(grads: Sequence[Tensor]) -> Tensor:
         blocks = _blocks(tuple(grad.numel() for grad in mine), BLOCK, device)
         partial = torch.empty(blocks.numel() // 2, dtype=torch.float32, device=device)
         if partial.numel():
-            _norm_kernel[(partial.numel(),)](table, blocks, partial, BLOCK=BLOCK, TYPE=_TYPES[dtype], ALIGNED=aligned,
-                                             num_warps=NUM_WARPS)
+            with torch.cuda.device_of(partial):  # Triton launches on the current device, wherever the tensors are
+                _norm_kernel[(partial.numel(),)](table, blocks, partial, BLOCK=BLOCK, TYPE=_TYPES[dtype],
+                                                 ALIGNED=aligned, num_warps=NUM_WARPS)
         sums.append(partial)
     return torch.cat(sums).sum(dtype=torch.float64).sqrt().float()
 
@@ -270,11 +271,13 @@ def adamw_update(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Se
         block = block_of(moment)
         blocks = _blocks(tuple(row[6] for row in rows), block, device)
         mine = factors if len(members) == len(params) else factors[_on_device(tuple(members), device)]
-        _update_kernel[(blocks.numel() // 2,)](
-            _on_device(tuple(x for row in rows for x in row), device), mine, blocks,
-            one if multiplier is None else multiplier, zero if skip is None else skip, BLOCK=block, TYPE=_TYPES[dtype],
-            MOMENT=_TYPES[moment], ALIGNED=aligned, WITH_EMA=bool(emas), MASTER=with_master,
-            ZERO=zero_grads, SOFTWARE_BF16=INTERPRETED and dtype == torch.bfloat16, num_warps=NUM_WARPS, **_exact())
+        with torch.cuda.device_of(blocks):
+            _update_kernel[(blocks.numel() // 2,)](
+                _on_device(tuple(x for row in rows for x in row), device), mine, blocks,
+                one if multiplier is None else multiplier, zero if skip is None else skip, BLOCK=block,
+                TYPE=_TYPES[dtype], MOMENT=_TYPES[moment], ALIGNED=aligned, WITH_EMA=bool(emas), MASTER=with_master,
+                ZERO=zero_grads, SOFTWARE_BF16=INTERPRETED and dtype == torch.bfloat16, num_warps=NUM_WARPS,
+                **_exact())
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.uint8: tl.uint8}

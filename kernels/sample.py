@@ -305,18 +305,19 @@ def sample(logits: Tensor, scale: Tensor, top_k: Tensor, top_p: Tensor, min_mass
         num_listed = torch.zeros(B, dtype=torch.int32, device=device)
         ranks, listed = torch.empty(2, B, V, dtype=torch.int64, device=device).unbind()
         survivors = torch.zeros_like(masses)
-    _maxima_kernel[grid](logits, maxima, stride, V, G, GROUPS=per_program, **OPTIONS)
-    _bounds_kernel[(B,)](maxima, scale, top_k, top_p, largest, bound_keys, bound_masses, V, G, PADDED_G=padded,
-                         FILTERED=filtered, **OPTIONS)
-    _masses_kernel[grid](logits, largest, scale, min_mass, bound_keys, bound_masses, masses, num_listed, ranks, listed,
-                         stride, V, G, GROUPS=per_program, FILTERED=filtered, **OPTIONS)
-    if filtered:
-        _cuts_kernel[(B,)](largest, bound_keys, masses, num_listed, ranks, listed, top_k, top_p, min_mass, cuts,
-                           survivors, V, G,
-                           PADDED_G=padded, BLOCK=1024, **OPTIONS | {"num_warps": CUT_WARPS})
-    _draw_kernel[(B,)](logits, largest, scale, min_mass, cuts, survivors, seed, position, tokens, logprobs, stride,
-                       V, G,
-                       PADDED_G=padded, FILTERED=filtered, **OPTIONS)
+    with torch.cuda.device_of(logits):  # Triton launches on the current device, wherever the tensors are
+        _maxima_kernel[grid](logits, maxima, stride, V, G, GROUPS=per_program, **OPTIONS)
+        _bounds_kernel[(B,)](maxima, scale, top_k, top_p, largest, bound_keys, bound_masses, V, G, PADDED_G=padded,
+                             FILTERED=filtered, **OPTIONS)
+        _masses_kernel[grid](logits, largest, scale, min_mass, bound_keys, bound_masses, masses, num_listed, ranks,
+                             listed, stride, V, G, GROUPS=per_program, FILTERED=filtered, **OPTIONS)
+        if filtered:
+            _cuts_kernel[(B,)](largest, bound_keys, masses, num_listed, ranks, listed, top_k, top_p, min_mass, cuts,
+                               survivors, V, G,
+                               PADDED_G=padded, BLOCK=1024, **OPTIONS | {"num_warps": CUT_WARPS})
+        _draw_kernel[(B,)](logits, largest, scale, min_mass, cuts, survivors, seed, position, tokens, logprobs, stride,
+                           V, G,
+                           PADDED_G=padded, FILTERED=filtered, **OPTIONS)
     return tokens, logprobs
 
 
