@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain import ops
+from fasttrain.ops.sample import GROUP_DOMAIN, TOKEN_DOMAIN, open_uniform, philox_4x32_10
 from fasttrain.truncation import Truncation, coin, epsilon, min_p, top_k, top_p, typical_p, xtc
 
 SEEDS = torch.arange(8)
@@ -125,6 +126,10 @@ def test_the_coin_is_the_rows_own_and_no_draw_uses_it() -> None:
     with_coin = Truncation(xtc_probability=0.5, xtc_threshold=0.5).draw(x, SEEDS, 5)  # nothing is that likely
     assert torch.equal(with_coin[0], ops.sample(x, seed=SEEDS, position=5))
     assert len(set(together.tolist())) == 8 and not torch.equal(coin(SEEDS, 6), together)
+    for domain in (TOKEN_DOMAIN, GROUP_DOMAIN):
+        zero, five = torch.zeros_like(SEEDS), torch.full_like(SEEDS, 5)
+        r0, r1, _, _ = philox_4x32_10((zero, torch.full_like(SEEDS, domain), five, zero), (SEEDS, zero))
+        assert not bool((open_uniform(r0, r1) == together).any())
 
 
 def test_named_orders_differ_where_programs_differ() -> None:
@@ -176,11 +181,13 @@ def test_the_draws_follow_the_distribution_of_the_survivors() -> None:
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_row_without_a_distribution_is_refused_before_any_filter_can_hide_it(bad: float) -> None:
+@pytest.mark.parametrize(
+    ("bad", "found"), [(math.nan, "holds NaN"), (math.inf, r"holds \+inf"), (-math.inf, "holds nothing but -inf")]
+)
+def test_a_row_without_a_distribution_is_refused_before_any_filter_can_hide_it(bad: float, found: str) -> None:
     x = torch.zeros(2, 9)
     x[1, 3 if bad > 0 or bad != bad else slice(None)] = bad
     for filters in (Truncation(typical_p=0.5), Truncation(epsilon=0.1), Truncation(top_p=0.5, order="llama.cpp"),
                     Truncation(xtc_probability=1.0), Truncation()):  # fmt: skip
-        with pytest.raises(ValueError, match="row 1"):
+        with pytest.raises(ValueError, match=f"row 1 {found}"):
             filters.draw(x, torch.arange(2), 0)
