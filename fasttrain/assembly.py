@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from .averaging import averaged_weights
 from .batch_stream import peek_batches
 from .batches import tensors_of
+from .checkpointing import list_checkpoints, load_checkpoint, verify_checkpoint
 from .config import TrainConfig, to_dict
 from .generation import generate
 from .ops.adamw import AdamW
@@ -243,6 +245,23 @@ def breakable_generation(model: nn.Module, tokenizer: Tokenizer, interruption: I
         return texts
 
     return run
+
+
+def rewind(state: TrainState, root: Path) -> Path | None:
+    """Back to the newest good checkpoint before the present step; the batches that `state.blamed` names are passed over
+    from then on. Returns it, or None where there is none: the run is then asked to stop."""
+    step, skipped, rewinds, blamed = state.step, state.stream.skipped, state.counters.rewinds, state.blamed
+    good = next((path for path in reversed(list_checkpoints(root))
+                 if int(path.name.removeprefix("step-")) < step and not verify_checkpoint(path)), None)
+    if good is None:
+        state.request_stop(f"step {step} was to be undone, and {str(root)!r} has no good checkpoint from before it; "
+                           "set save_every_steps")
+        return None
+    state.restore(load_checkpoint(good))
+    state.stream.skipped, state.counters.rewinds, state.blamed = skipped, rewinds + 1, None
+    if blamed is not None:
+        state.stream.skip(*blamed)
+    return good
 
 
 def describe_parameters(model: nn.Module) -> str:

@@ -86,6 +86,9 @@ class TrainConfig:
     """AdamW's decay rates of the first and second moment."""
     precision: Precision = "auto"
     """Autocast type; auto picks the fastest reduced precision that this device runs natively, else float32."""
+    optimize: Literal["manual", "auto"] = "manual"
+    """auto: try torch.compile and fewer threads for a few steps on the real model and data before the run, and keep
+    what is faster and gives the same gradients; manual: only what is asked for."""
     compile: bool = False
     """Run the model through torch.compile."""
     activation_checkpointing: str = "none"

@@ -63,13 +63,14 @@ def linear_head(model: nn.Module) -> tuple[OutputHead | None, str]:
         return None, f"{name} computes a loss of its own"
     if not callable(getattr(inner, "get_output_embeddings", None)):
         return None, f"{name} does not offer get_output_embeddings() with forward(return_hidden=True) or a base_model"
-    if any(getattr(wrapper, "find_unused_parameters", False) for wrapper in (model, model._modules.get("_orig_mod"))):
+    if model is not inner and any(getattr(wrapper, "find_unused_parameters", False)
+                                  for wrapper in (model, model._modules.get("_orig_mod"))):
         return None, "find_unused_parameters=True would take the head for unused"
     module = inner.get_output_embeddings()  # type: ignore[operator]
     if type(module) not in (nn.Linear, nn.Embedding):  # a subclass may compute something else with its weight
         return None, f"the head of {name} is a {type(module).__name__}, not a plain nn.Linear or nn.Embedding"
     if "return_hidden" in accepted:
-        return OutputHead(module, _by_argument, accepted - {"return_hidden"}), "no logits are made"
+        return OutputHead(module, _by_argument, accepted), "no logits are made"
     return _hugging_face_head(model, inner, module)
 
 

@@ -28,6 +28,9 @@ __all__ = ["IGNORE", "LossFunction", "Parts", "batch_loss", "call_model", "check
 
 IGNORE = -100
 
+_FEW_LOGITS = 1 << 17
+"""So few logits are made after all: they fit a cache, and one product is quicker than the chunked op's bookkeeping."""
+
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
@@ -44,7 +47,7 @@ def batch_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
     A scalar loss that the model itself returns wins over its logits (it may hold more than cross-entropy); it is
     taken as a mean over the targets and multiplied by their number. Where `linear_head` finds one, the loss is computed
-    from hidden states, and no logits are made.
+    from hidden states, and no logits are made (but for the few of a tiny problem).
 
     Raises:
         ValueError: a batch or an output of unknown form, or logits that do not fit the targets.
@@ -54,8 +57,12 @@ def batch_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     num_targets = (parts.targets != IGNORE).sum()
     head, _ = linear_head(model)
     if head is not None:
-        hidden = head.scaled(hidden_states(model, head, parts))
-        loss_sum = linear_cross_entropy(hidden, head.weight, parts.targets.reshape(-1), ignore_index=IGNORE,
+        hidden, targets = hidden_states(model, head, parts), parts.targets.reshape(-1)
+        if targets.numel() * head.weight.size(0) <= _FEW_LOGITS:
+            few = F.cross_entropy if hidden.is_cpu else cross_entropy  # PyTorch's checks labels on the CPU only
+            return few(head.logits(hidden).float(), targets, ignore_index=IGNORE, reduction="sum"), num_targets
+        hidden = head.scaled(hidden)
+        loss_sum = linear_cross_entropy(hidden, head.weight, targets, ignore_index=IGNORE,
                                         bias=head.bias, softcap=head.softcap, reduction="sum")
         return loss_sum.float(), num_targets
     logits, loss = call_model(model, parts)

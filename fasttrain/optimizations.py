@@ -6,20 +6,25 @@ Nothing here acts at import. `apply_optimizations` is called once by the Trainer
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .config import TrainConfig
 from .losses import linear_head
 from .ops import backend_info
+from .ops._dispatch import choose
+from .ops.adamw import AdamW
 from .utils import format_bytes
 
 _MEMORY = "cpu memory policy"
@@ -36,8 +41,8 @@ class Optimization:
     """Turns the switch back off; does nothing if it is off."""
 
 
-def apply_optimizations(model: nn.Module, config: TrainConfig, device: torch.device, *,
-                        own_loss: bool = False) -> tuple[nn.Module, list[Optimization]]:
+def apply_optimizations(model: nn.Module, config: TrainConfig, device: torch.device, *, own_loss: bool = False,
+                        loader: Any = None) -> tuple[nn.Module, list[Optimization]]:
     """Turns on what `config` asks for and this device can do. `own_loss`: training calls a loss function of the user's.
 
     Returns the module to train (`model` itself, or its compiled form, which shares its parameters) and the decisions.
@@ -48,12 +53,60 @@ def apply_optimizations(model: nn.Module, config: TrainConfig, device: torch.dev
         tune_cpu_memory() if device.type == "cpu" else Optimization(_MEMORY, False, f"the model is on {device.type}"),
         _tf32(device),
         _activation_checkpointing(model, config.activation_checkpointing),
+        Optimization("threads", True, f"{torch.get_num_threads()} of {os.cpu_count() or 1} logical CPUs, as PyTorch "
+                                      "was told (torch.set_num_threads)"),
+        _prefetch(loader),
     ]
     if config.compile:
-        model = torch.compile(model)  # type: ignore[assignment]
-    reason = "compile=True" if config.compile else "compile=False (the default)"
-    decisions.append(Optimization("torch.compile", config.compile, reason))
-    return model, decisions
+        model, compiled = compile_model(model)
+        return model, [*decisions, compiled]
+    return model, [*decisions, Optimization("torch.compile", False, "compile=False (the default)")]
+
+
+def optimizer_switches(optimizer: Optimizer) -> list[Optimization]:
+    """What the optimizer is: not this module's to switch, but part of the picture."""
+    name, narrow = "fused AdamW", "narrow optimizer states"
+    if not isinstance(optimizer, AdamW):
+        return [Optimization(name, False, f"the optimizer is the user's {type(optimizer).__name__}"),
+                Optimization(narrow, False, "they belong to fasttrain's AdamW")]
+    device = optimizer.param_groups[0]["params"][0].device.type
+    choice = choose("adamw", device)
+    fused = optimizer.impl != "reference" and choice.impl != "reference"
+    dtype = optimizer.state_dtype
+    return [Optimization(name, fused, f"{choice.impl} kernel: norm, verdict, clip and update in two passes" if fused
+                         else choice.reason or "impl='reference' was asked for"),
+            Optimization(narrow, dtype != "float32", f"optimizer_state_dtype={dtype!r}")]
+
+
+def compile_model(model: nn.Module) -> tuple[nn.Module, Optimization]:
+    """Through torch.compile: as a whole, or, for a Hugging Face model whose loss comes from its hidden states, its
+    base_model in place, so that the logits are still not made."""
+    name = "torch.compile"
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model and linear_head(model)[0] is not None:
+        base.compile()
+
+        def restore() -> None:
+            base._compiled_call_impl = None
+
+        return model, Optimization(name, True, f"compile=True: {type(base).__name__} in place, the head is left out",
+                                   restore)
+    return torch.compile(model), Optimization(name, True, "compile=True")  # type: ignore[return-value]
+
+
+def _prefetch(loader: Any) -> Optimization:
+    """Whether the next batch is made while this one is trained on."""
+    name = "data prefetch"
+    ahead = getattr(loader, "num_prefetch", None)
+    workers = getattr(loader, "num_workers", None)
+    if isinstance(ahead, int) and ahead:
+        return Optimization(name, True, f"{type(loader).__name__} makes {ahead} batches ahead in a thread")
+    if isinstance(workers, int) and workers:
+        return Optimization(name, True, f"{workers} worker processes of the DataLoader")
+    if isinstance(loader, (list, tuple)):
+        return Optimization(name, False, "the batches are in memory already")
+    way_out = ": DataLoader(num_workers=...) would" if workers == 0 else ""
+    return Optimization(name, False, f"{type(loader).__name__} makes batches when they are asked for{way_out}")
 
 
 def _fused_loss(device: torch.device) -> Optimization:
@@ -91,15 +144,18 @@ def _activation_checkpointing(model: nn.Module, mode: str) -> Optimization:
     name = "activation checkpointing"
     if mode == "none":
         return Optimization(name, False, "activation_checkpointing='none' (the default)")
-    blocks = repeated_blocks(model)
+    every = int(mode.removeprefix("every_")) if mode.startswith("every_") else 1
+    blocks = repeated_blocks(model)[::every]
     if not blocks:
         raise ValueError(f"activation_checkpointing is {mode!r}, but {type(model).__name__} holds no nn.ModuleList of "
                          "two or more blocks of one class to recompute; set it to 'none'")
 
+    options: dict[str, Any] = {"context_fn": _keep_products} if mode == "selective" else {}
+
     def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
     def restore() -> None:
         for block in blocks:
@@ -107,8 +163,18 @@ def _activation_checkpointing(model: nn.Module, mode: str) -> Optimization:
 
     for block in blocks:  # on the instance: names in the state_dict stay as they are
         block.forward = functools.partial(recomputed, block.forward)
-    return Optimization(name, True, f"{len(blocks)} {type(blocks[0]).__name__} modules are recomputed in the backward",
-                        restore)
+    what = ", all but their matrix products" if options else ""
+    return Optimization(name, True, f"{len(blocks)} {type(blocks[0]).__name__} modules are recomputed in the "
+                                    f"backward{what}", restore)
+
+
+def _keep_products() -> Any:
+    """Saves what is dear to compute (matrix products, attention), recomputes the element-wise rest."""
+    aten = torch.ops.aten
+    dear = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default]
+    return create_selective_checkpoint_contexts(dear)  # type: ignore[no-untyped-call]
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -154,6 +220,17 @@ def tune_cpu_memory(reserve_bytes: int | None = None) -> Optimization:
 
     pages = _advise_huge_heap(libc, _available_bytes() // 2 if reserve_bytes is None else reserve_bytes)
     return Optimization(name, True, f"freed tensors stay in the process; {pages}", restore)
+
+
+@contextlib.contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """`tune_cpu_memory` inside, for a model on the CPU; the kept memory is given back at the end."""
+    policy = tune_cpu_memory() if device.type == "cpu" else None
+    try:
+        yield
+    finally:
+        if policy is not None:
+            policy.restore()
 
 
 def _advise_huge_heap(libc: ctypes.CDLL, num_bytes: int) -> str:

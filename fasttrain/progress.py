@@ -182,10 +182,10 @@ _REMEDIES = {
 def time_verdict(seconds_by_phase: Mapping[str, float]) -> str:
     """One sentence: the first thing worth changing, or that there is none."""
     total = max(sum(seconds_by_phase.values()), 1e-9)
-    for phase, (limit, words) in _REMEDIES.items():
-        share = seconds_by_phase.get(phase, 0.0) / total
-        if share > limit:
-            return f"{share:.0%} of the time went into {words}"
+    shares = {phase: seconds_by_phase.get(phase, 0.0) / total for phase in _REMEDIES}
+    worst = max(_REMEDIES, key=lambda phase: shares[phase] / _REMEDIES[phase][0])
+    if shares[worst] > _REMEDIES[worst][0]:
+        return f"{shares[worst]:.0%} of the time went into {_REMEDIES[worst][1]}"
     computing = sum(seconds_by_phase.get(phase, 0.0) for phase in ("forward_backward", "optimizer", "eval"))
     return f"{computing / total:.0%} of the time went into computing; nothing else is worth changing first"
 

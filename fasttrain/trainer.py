@@ -32,13 +32,12 @@ from .checkpointing import (
     list_checkpoints,
     load_checkpoint,
     read_manifest,
-    verify_checkpoint,
 )
 from .config import TrainConfig, load_config
 from .evaluation import EvalResult, Pieces, evaluate
 from .generation import generate
 from .losses import LossFunction, batch_loss, check_is_causal
-from .optimizations import Optimization, apply_optimizations
+from .optimizations import Optimization, apply_optimizations, kept_memory, optimizer_switches
 from .preflight import PreflightReport, preflight
 from .progress import Progress, print_report
 from .result import TrainResult
@@ -49,6 +48,7 @@ from .storage import lock_directory
 from .throughput import flops_per_token, peak_flops
 from .tokenization import tokenizer_from_dict
 from .training_loop import Parts, fit, limit_reached, settle
+from .tuning import tune
 from .utils import Interruption, PhaseClock, format_duration, seed_all, unwrap
 from .verification import Verification, verify_batch_math, verify_resume
 
@@ -103,6 +103,7 @@ class Trainer:
         self._checkpoint: Path | None = None
         self._saver: CheckpointSaver | None = None
         self._eval_pieces = Pieces()
+        self._tuned = False
         Hooks(self.callbacks)  # refuses what is no callback now rather than in train()
 
     def train(self, resume: str | Path | bool | None = "auto") -> TrainResult:
@@ -126,7 +127,10 @@ class Trainer:
                 stack.enter_context(lock_directory(self.checkpoint_dir))
             if self.config.deterministic:
                 stack.enter_context(assembly.deterministic_algorithms())
+            stack.enter_context(kept_memory(self.device))
             state = self._ready_state(resume)
+            if self.config.optimize == "auto" and not self._tuned:
+                self._tune(state)
             state.stream.waiting = interruption.breakable
             stack.callback(setattr, state.stream, "waiting", contextlib.nullcontext)
             self._print_startup(state, self.preflight() if self.config.preflight else None)
@@ -228,8 +232,9 @@ class Trainer:
         if self.state is None:
             config, loader = self._resolved(), self.train_dataloader or ()
             model, self.optimizations = apply_optimizations(
-                self.model, config, self.device, own_loss=self.loss_fn is not None)
+                self.model, config, self.device, own_loss=self.loss_fn is not None, loader=loader)
             optimizer = self.optimizer or assembly.build_optimizer(self.model, config)
+            self.optimizations += optimizer_switches(optimizer)
             scheduler = self.scheduler or build_scheduler(
                 optimizer, config, assembly.planned_steps(config, loader) or 0)
             stream = BatchStream(loader, max_epochs=config.max_epochs, log=self.progress.log)
@@ -353,23 +358,22 @@ class Trainer:
             return (self.loss_fn or batch_loss)(model, batch)
 
     def _rewind(self, state: TrainState, saver: CheckpointSaver, hooks: Hooks) -> None:
-        """Back to the newest good checkpoint before the blamed batches, which are passed over from then on."""
-        assert self.checkpoint_dir is not None
-        step, blamed, skipped, rewinds = state.step, state.blamed, state.stream.skipped, state.counters.rewinds
         saver.collect(wait=True)
-        good = next((path for path in reversed(list_checkpoints(self.checkpoint_dir))
-                     if int(path.name.removeprefix("step-")) < step and not verify_checkpoint(path)), None)
-        if good is None:
-            state.request_stop(f"step {step} was to be undone, and {str(self.checkpoint_dir)!r} has no good checkpoint "
-                               "from before it; set save_every_steps")
-            return
-        state.restore(load_checkpoint(good))
-        state.stream.skipped, state.counters.rewinds, state.blamed = skipped, rewinds + 1, None
-        if blamed is not None:
-            state.stream.skip(*blamed)
-        self._checkpoint = good
-        hooks.fire("on_event", state, "rewind", {"from_step": step, "checkpoint": good.name,
-                                                 "passed_over": [list(entry) for entry in state.stream.skipped]})
+        step = state.step
+        self._checkpoint = assembly.rewind(state, saver.root) or self._checkpoint
+        if state.step < step:
+            passed_over = [list(entry) for entry in state.stream.skipped]
+            details = {"from_step": step, "checkpoint": getattr(self._checkpoint, "name", None),
+                       "passed_over": passed_over}
+            hooks.fire("on_event", state, "rewind", details)
+
+    def _tune(self, state: TrainState) -> None:
+        self._tuned = True
+        batches = peek_batches(state.stream.loader, 1)
+        if batches:
+            state.model, decisions = tune(state.model, batches[0], self._parts(), log=self.progress.log)
+            tried = {decision.name for decision in decisions}
+            self.optimizations = [*(item for item in self.optimizations if item.name not in tried), *decisions]
 
     def _print_startup(self, state: TrainState, checked: PreflightReport | None) -> None:
         rows = summary.startup_rows(state, self._resolved(), self.amp, self.resumed_from, self.optimizations, checked)

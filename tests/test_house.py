@@ -67,7 +67,7 @@ LEVELS = [
         "spikes",
     },
     {"training_loop", "assembly", "retention", "capsule"},
-    {"preflight", "verification", "saver"},
+    {"preflight", "verification", "saver", "tuning"},
     {"summary", "report"},
     {"trainer"},
     {"cli"},

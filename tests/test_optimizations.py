@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.config import TrainConfig
 from fasttrain.models.gpt import GPT, GPTConfig
 from fasttrain.ops import backend_info
+from fasttrain.ops.adamw import AdamW
 from fasttrain.optimizations import apply_optimizations, repeated_blocks
 
 MEASURE_FAULTS = """
@@ -85,7 +88,8 @@ class Stack(nn.Module):
         return x.square().sum()
 
 
-def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient() -> None:
+@pytest.mark.parametrize(("mode", "calls"), [("full", [2, 2, 2]), ("every_2", [2, 1, 2]), ("selective", [2, 2, 2])])
+def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient(mode: str, calls: list[int]) -> None:
     torch.manual_seed(0)
     model, x, config = Stack(), torch.randn(4, 8), TrainConfig(max_steps=1)
     model(x).backward()
@@ -93,13 +97,13 @@ def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient() ->
     names = list(model.state_dict())
     model.zero_grad()
     trained, decisions = apply_optimizations(
-        model, replace(config, activation_checkpointing="full"), torch.device("cpu")
+        model, replace(config, activation_checkpointing=mode), torch.device("cpu")
     )
     try:
         for block in model.blocks:
             block.calls = 0
         trained(x).backward()
-        assert [block.calls for block in model.blocks] == [2, 2, 2]
+        assert [block.calls for block in model.blocks] == calls
         assert all(torch.equal(p.grad, e) for p, e in zip(model.blocks.parameters(), expected))
         assert list(model.state_dict()) == names
         with torch.no_grad():
@@ -145,3 +149,66 @@ def test_the_fused_linear_loss_is_reported_with_its_reason() -> None:
             decision.restore()
         report = next(decision for decision in decisions if decision.name == "fused linear loss")
         assert report.on is on and reason in report.reason
+
+
+def test_selective_checkpointing_keeps_products_and_recomputes_the_rest() -> None:
+    class Counted(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.products = self.tanhs = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.products += func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+            self.tanhs += func is torch.ops.aten.tanh.default
+            return func(*args, **(kwargs or {}))
+
+    seen = {}
+    for mode in ("none", "selective", "full"):
+        model = Stack()
+        trained, decisions = apply_optimizations(
+            model, TrainConfig(max_steps=1, activation_checkpointing=mode), torch.device("cpu"))
+        loss = trained(torch.randn(4, 8))
+        with Counted() as counted:
+            loss.backward()
+        seen[mode] = (counted.products, counted.tanhs)
+        for decision in decisions:
+            decision.restore()
+    assert seen["selective"][0] == seen["none"][0] < seen["full"][0]
+    assert (seen["none"][1], seen["selective"][1], seen["full"][1]) == (0, 3, 3)
+
+
+def test_the_optimizer_and_the_loader_are_part_of_the_picture() -> None:
+    from torch.utils.data import DataLoader
+
+    from fasttrain.optimizations import optimizer_switches
+
+    model = Stack()
+    ours, theirs = AdamW(model.parameters(), state_dtype="bfloat16"), torch.optim.SGD(model.parameters())
+    fused, narrow = optimizer_switches(ours)
+    assert fused.name == "fused AdamW" and narrow.on and "bfloat16" in narrow.reason
+    assert [(item.on, "SGD" in item.reason) for item in optimizer_switches(theirs)] == [(False, True), (False, False)]
+
+    def prefetching(loader: Any) -> Any:
+        _, decisions = apply_optimizations(model, TrainConfig(max_steps=1), torch.device("cpu"), loader=loader)
+        return next((item.on, item.reason) for item in decisions if item.name == "data prefetch")
+
+    assert prefetching(DataLoader([1, 2], num_workers=2)) == (True, "2 worker processes of the DataLoader")
+    on, reason = prefetching(DataLoader([1, 2]))
+    assert not on and "num_workers" in reason
+
+
+def test_a_compiled_hugging_face_model_still_makes_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    from fasttrain.losses import batch_loss
+    from fasttrain.optimizations import compile_model
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=29, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    compiled_parts = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled_parts.append(type(self).__name__))
+    compiled, decision = compile_model(model)
+    assert compiled is model and compiled_parts == ["LlamaModel"] and decision.on
+    heads: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    batch_loss(compiled, torch.arange(8)[None])
+    assert heads == []
