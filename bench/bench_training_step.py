@@ -55,6 +55,7 @@ def race(name: str, size: str, rounds: int, contenders: tuple[str, ...] = CONTEN
         part = "" if key == "gemm" else f", clip + update {update:.1f} ms"
         peak = max(run["peak_mib"] for run in runs[key])
         rows[key] = Row(name, size + part, key, p20, p50, p80, p50 / medians["fasttrain"][1], peak)
+        print(rows[key])
     ROWS.extend(rows.values())
     return rows
 
