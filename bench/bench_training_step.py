@@ -36,7 +36,7 @@ def measure(contender: str, **options: Any) -> dict[str, Any] | None:
     return dict(json.loads(done.stdout))
 
 
-def race(name: str, size: str, rounds: int, contenders: tuple[str, ...] = CONTENDERS, **options: Any) -> dict[str, Row]:
+def race(name: str, label: str, rounds: int, contenders: tuple[str, ...] = CONTENDERS, **options: Any) -> dict[str, Row]:
     """Interleaved rounds, a row for each contender, and the losses compared."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
@@ -54,7 +54,7 @@ def race(name: str, size: str, rounds: int, contenders: tuple[str, ...] = CONTEN
         update = percentiles([ms for run in runs[key] for ms in run["update_ms"]])[1]
         part = "" if key == "gemm" else f", clip + update {update:.1f} ms"
         peak = max(run["peak_mib"] for run in runs[key])
-        rows[key] = Row(name, size + part, key, p20, p50, p80, p50 / medians["fasttrain"][1], peak)
+        rows[key] = Row(name, label + part, key, p20, p50, p80, p50 / medians["fasttrain"][1], peak)
         print(rows[key])
     ROWS.extend(rows.values())
     return rows
