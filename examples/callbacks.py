@@ -42,7 +42,7 @@ def main(out: Path, steps: int) -> None:
     train, val = list(windows[:-8].split(4)), list(windows[-8:].split(4))
     callbacks = [EarlyStopping(patience=3, min_delta=1e-3), EMA(0.95), LossSpike("rewind"), ControlFile(), Norms(),
                  CsvLogger(), Fastest()]
-    model = GPT(GPTConfig(vocab_size=8, num_layers=2, num_heads=2, hidden_size=32, max_seq_len=32))
+    model = GPT(GPTConfig(vocab_size=8, num_layers=2, num_heads=2, hidden_size=32, max_seq_len=33))
     config = TrainConfig(max_steps=steps, lr=3e-3, warmup_steps=10, schedule="wsd", eval_every_steps=50,
                          save_every_steps=50)
     result = Trainer(model=model, train_dataloader=train, val_dataloader=val, config=config, checkpoint_dir=out,

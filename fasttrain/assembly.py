@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -215,8 +216,8 @@ def model_config_of(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return dataclasses.asdict(config)
-    to_json = getattr(config, "to_dict", None)
-    return to_json() if callable(to_json) else None
+    to_json = getattr(config, "to_json_string", None)  # Hugging Face's: their to_dict() may hold a torch.dtype
+    return json.loads(to_json(use_diff=False)) if callable(to_json) else None
 
 
 def checkpoint_metadata(state: TrainState, config: TrainConfig, precision: torch.dtype,
