@@ -36,7 +36,8 @@ def measure(contender: str, **options: Any) -> dict[str, Any] | None:
     return dict(json.loads(done.stdout))
 
 
-def race(name: str, label: str, rounds: int, contenders: tuple[str, ...] = CONTENDERS, **options: Any) -> dict[str, Row]:
+def race(name: str, label: str, rounds: int, contenders: tuple[str, ...] = CONTENDERS,
+         **options: Any) -> dict[str, Row]:
     """Interleaved rounds, a row for each contender, and the losses compared."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
