@@ -214,10 +214,10 @@ def re_anchor(scheduler: LambdaLR, saved_lr: float | None, lr: float | None) -> 
 def model_config_of(model: nn.Module) -> Any:
     """The model's own config as JSON-ready data, if it has one in a form that can be written down."""
     config = getattr(model, "config", None)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return dataclasses.asdict(config)
-    to_json = getattr(config, "to_json_string", None)  # Hugging Face's: their to_dict() may hold a torch.dtype
-    return json.loads(to_json(use_diff=False)) if callable(to_json) else None
+    to_json = getattr(config, "to_json_string", None)  # Hugging Face's, whose fields may hold a torch.dtype
+    if callable(to_json):
+        return json.loads(to_json(use_diff=False))
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else None
 
 
 def checkpoint_metadata(state: TrainState, config: TrainConfig, precision: torch.dtype,
