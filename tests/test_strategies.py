@@ -320,6 +320,15 @@ def test_a_sliding_context_is_the_window_run_again(family: str) -> None:
     assert generate(model, prompts[1:2], temperature=0, max_new_tokens=150, long_text="sliding") == got[1:2]
 
 
+def test_a_sliding_batch_outlives_its_longest_row() -> None:
+    """The caches of the eager decoders count positions by the longest row, which may have left."""
+    model, prompts = byte_model(), [IDS[0] * 9, [7]]  # 81 tokens and 1
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 60, "long_text": "sliding", "engine": "eager"}
+    free = generate(model, prompts, **options)
+    eos = next(token for token in free[0][:5] if token not in free[1])
+    assert generate(model, prompts, **options, eos_token_id=eos) == [free[0][: free[0].index(eos) + 1], free[1]]
+
+
 def test_a_truncated_prompt_is_its_end() -> None:
     model = byte_model()
     prompt = IDS[0] * 20
