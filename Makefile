@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= runs/demo
 
-.PHONY: demo test test-slow bench lint sanitize gate gpu clean
+.PHONY: demo test test-slow torture bench lint sanitize gate gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py --out $(OUT)
@@ -15,6 +15,10 @@ demo: $(STAMP)
 # Side by side on the cores, one OpenMP thread each: threads that spin against each other cost more than they give.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 8 --dist worksteal
+
+# Kills, errors, power cuts, rot, signals and hostile files by the thousand; rewrites bench/results/reliability.md.
+torture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/campaign.py --out bench/results/reliability.md
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow -rP

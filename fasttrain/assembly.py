@@ -179,13 +179,6 @@ def find_tokenizer(given: Any, loader: Any, model: nn.Module) -> Tokenizer | Non
     return None
 
 
-def config_changes(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """'lr: 0.001 -> 0.0005' for every field that differs from the checkpoint's."""
-    now = to_dict(config)
-    return [f"{name}: {saved[name]!r} -> {value!r}" for name, value in now.items()
-            if name in saved and saved[name] != value]
-
-
 def adopt_hyperparameters(optimizer: Optimizer, saved: Mapping[str, Any], config: TrainConfig) -> None:
     """After a resume: what the user changed in the config wins over what the restored optimizer remembers. For an
     optimizer that was built from the config."""
@@ -194,6 +187,8 @@ def adopt_hyperparameters(optimizer: Optimizer, saved: Mapping[str, Any], config
             group["betas"] = config.betas
         if saved.get("weight_decay") != config.weight_decay and group["weight_decay"]:
             group["weight_decay"] = config.weight_decay
+    if isinstance(optimizer, AdamW) and "seed" in saved:
+        optimizer.rounding_seed = saved["seed"]  # like every other generator, it goes on as it began
 
 
 def re_anchor(scheduler: LambdaLR, saved_lr: float | None, lr: float | None) -> None:

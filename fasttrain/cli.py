@@ -1,4 +1,4 @@
-"""The command line: `fasttrain train | eval | generate | verify | report | doctor`. No logic of its own.
+"""The command line: `fasttrain train | eval | generate | verify | inspect | export | report | doctor`. Wiring alone.
 
 Every flag is a field of one of the dataclasses below or of TrainConfig and GenerationConfig, so a default and its help
 stand in one place. Bad input ends with one line on stderr and status 2, a signal with 128 plus its number.
@@ -26,6 +26,7 @@ from .checkpointing import latest_checkpoint, list_checkpoints, read_manifest, v
 from .config import GenerationConfig, TrainConfig, load_config
 from .data import TokenDataset, TokenLoader, prepare_tokens
 from .decoding import Engine
+from .export import ExportFormat, describe_checkpoint, export_checkpoint, newest_of
 from .generation import generate
 from .llama_weights import LLAMA_FAMILY
 from .models.gpt import GPT, GPTConfig
@@ -184,6 +185,37 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Says what a checkpoint holds: step, model, config, sizes, and every tensor's name, shape and type."""
+
+    directory: tyro.conf.Positional[Path]
+    """A checkpoint, or the directory of a run (its newest)."""
+
+    def run(self) -> int:
+        path = newest_of(self.directory)
+        facts, tensors = describe_checkpoint(path)
+        print_report(str(path), facts)
+        print_report("tensors", tensors)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes a checkpoint's weights for other programs: a safetensors file, or a folder that from_pretrained loads."""
+
+    directory: tyro.conf.Positional[Path]
+    """A checkpoint, or the directory of a run (its newest)."""
+    out: Path
+    """The file, or the folder."""
+    to: ExportFormat = "safetensors"
+    """safetensors: the weights alone. hf: config.json, weights, tokenizer; of a model that came from Hugging Face."""
+
+    def run(self) -> int:
+        print(f"written to {export_checkpoint(newest_of(self.directory), self.out, self.to)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Writes one self-contained HTML page about one run or several: curves, where the time went, samples, events, and
     how their configurations differ."""
@@ -291,12 +323,14 @@ def cpu_memory() -> str:
     return format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-Command = Train | Eval | Generate | Verify | Report | Doctor
+Command = Train | Eval | Generate | Verify | Inspect | Export | Report | Doctor
 COMMANDS: dict[str, Callable[..., Command]] = {
     "train": Train,
     "eval": Eval,
     "generate": Generate,
     "verify": Verify,
+    "inspect": Inspect,
+    "export": Export,
     "report": Report,
     "doctor": Doctor,
 }

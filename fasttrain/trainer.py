@@ -35,12 +35,14 @@ from .checkpointing import (
 )
 from .config import TrainConfig, load_config
 from .evaluation import EvalResult, Pieces, evaluate
+from .export import load_weights
 from .generation import generate
 from .losses import LossFunction, batch_loss, check_is_causal
 from .optimizations import Optimization, apply_optimizations, kept_memory, optimizer_switches
 from .preflight import PreflightReport, preflight
 from .progress import Progress, print_report
 from .result import TrainResult
+from .resume_rules import compare_configs
 from .saver import CheckpointSaver
 from .schedules import build_scheduler
 from .state import TrainState, load_model
@@ -174,8 +176,11 @@ class Trainer:
 
     def load_checkpoint(self, path: str | Path) -> Path:
         """Loads a checkpoint (or the newest good one, if `path` holds several): the whole training state if there
-        is a train_dataloader, else the weights alone. Returns the directory that was loaded."""
+        is a train_dataloader, else the weights alone; of a .safetensors file, its weights. Returns what was loaded."""
         path = Path(path)
+        if path.suffix == ".safetensors" and path.is_file():
+            load_model(unwrap(self.model), load_weights(path))
+            return path
         if not path.is_dir():
             raise ValueError(f"checkpoint {str(path)!r} is not a directory; pass a step-... directory or the "
                              "checkpoint_dir that holds them")
@@ -268,10 +273,11 @@ class Trainer:
 
     def _restore(self, state: TrainState, path: Path) -> None:
         metadata = read_manifest(path).metadata
+        saved = metadata.get("config", {})
+        changes = compare_configs(saved, self.config, own_optimizer=self.optimizer is not None)  # refuses, or tells
         self._adopt_metadata(metadata)
         state.restore(load_checkpoint(path))
-        saved = metadata.get("config", {})
-        for change in assembly.config_changes(saved, self.config):
+        for change in changes:
             self.progress.log(f"config changed since the checkpoint: {change}")
         if self.optimizer is None:
             assembly.adopt_hyperparameters(state.optimizer, saved, self.config)

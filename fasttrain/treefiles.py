@@ -91,7 +91,7 @@ def read_tree(directory: int, name: str, entry: TreeEntry, *, from_disk: bool = 
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         if hash_range(descriptor, 0, entry.tensor_file.size) != entry.tensor_file.sha256:
             raise ValueError(f"its SHA-256 is not the manifest's; {_locate_damage(descriptor, entry)}")
-        specs = _read_header(descriptor, entry.tensor_file.size)
+        specs = read_header(descriptor, entry.tensor_file.size)
         listed = {key: (item.dtype, item.shape) for key, item in entry.tensors.items()}
         if {key: (spec.dtype, spec.shape) for key, spec in specs.items()} != listed:
             raise ValueError("its tensors are not those that the manifest lists")
@@ -99,14 +99,15 @@ def read_tree(directory: int, name: str, entry: TreeEntry, *, from_disk: bool = 
     return unflatten_tree(structure, tensors, name)
 
 
-def _read_header(descriptor: int, size: int) -> dict[str, TensorSpec]:
+def read_header(descriptor: int, size: int) -> dict[str, TensorSpec]:
+    """Each tensor's place in an open safetensors file of `size` bytes, by the rules of `parse_header`."""
     length = header_length(os.pread(descriptor, 8, 0), size, "header")
     return parse_header(os.pread(descriptor, 8 + length, 0), size, "header")
 
 
 def _locate_damage(descriptor: int, entry: TreeEntry) -> str:
     try:
-        specs = _read_header(descriptor, os.fstat(descriptor).st_size)
+        specs = read_header(descriptor, os.fstat(descriptor).st_size)
     except ValueError as error:
         return str(error)
     bad = [key for key, spec in specs.items()

@@ -604,7 +604,29 @@ HOSTILE_MANIFESTS: dict[str, Damage] = {
     "tensor of text sizes": manifest_edit(lambda body: body["trees"]["model"]["tensors"].__setitem__(
         "w", ["F32", ["40"], "0" * 16])),
 }
+NO_JSON: dict[str, bytes] = {
+    "a zip archive": b"PK\x03\x04" + bytes(60), "gzip": b"\x1f\x8b\x08" + bytes(60),
+    "utf-16": '{"a": 1}'.encode("utf-16"),
+    "a byte order mark": b'\xef\xbb\xbf{"a":1}',
+    "a nul first": b'\0{"a":1}', "NaN": b'{"a":NaN}',
+    "-Infinity": b"[-Infinity]",
+    "1e999": b'{"a":1e999}', "a million digits": b"[" + b"9" * 10**6 + b"]", "something behind": b"{}{}",
+    "cut short": b'{"a":', "single quotes": b"{'a':1}", "100,000 deep": b"[" * 10**5 + b"]" * 10**5,
+    "a torch file": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n.",
+}
+
+
+def put(path: Path, name: str, data: bytes) -> None:
+    """The content in that file, with hash and size to match wherever a manifest says so."""
+    if name == "manifest.json":
+        (path / name).write_bytes(data)
+    else:
+        forge(path, name, data)
+
+
 HOSTILE: dict[str, Damage] = {
+    **{f"{name}: {kind}": lambda path, name=name, data=data: put(path, name, data)
+       for name in ("manifest.json", "model.json", "loop.json", "model.safetensors") for kind, data in NO_JSON.items()},
     **{f"header: {name}": lambda path, data=data: forge(path, "model.safetensors", data)
        for name, data in HOSTILE_HEADERS.items()},
     **{f"tree: {name}": lambda path, data=data: forge(path, "loop.json", data) for name, data in HOSTILE_TREES.items()},
@@ -655,7 +677,7 @@ def test_a_hostile_header_is_refused_by_itself_whatever_the_manifest_says(case: 
 def test_the_forgers_tools_forge(two: tuple[Path, Path]) -> None:
     """Without a change the forged files load: the cases above fail for what they change."""
     _, path = two
-    assert len(HOSTILE) > 100
+    assert len(HOSTILE) >= 150
     reseal(path, lambda body: None)
     forge(path, "model.safetensors", tensors_file(header()))
     forge(path, "loop.json", b'{"mark":2.0}')
