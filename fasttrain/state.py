@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .batch_stream import BatchStream
-from .utils import capture_rng, device_of, on_host, read_scalar, restore_rng, unwrap
+from .utils import canonical_name, capture_rng, device_of, on_host, read_scalar, restore_rng, unwrap
 
 Trees = dict[str, Any]
 
@@ -198,13 +198,15 @@ class TrainState:
             training["scheduler"] = self.scheduler.state_dict()
         if self.scaler is not None:
             training["scaler"] = self.scaler.state_dict()
-        trees = {"model": module.state_dict(), "optimizer": self.optimizer.state_dict(), "training": training,
+        weights = {canonical_name(name): tensor for name, tensor in module.state_dict().items()}
+        trees = {"model": weights, "optimizer": self.optimizer.state_dict(), "training": training,
                  "rng": capture_rng()}
         if self.window.micro_step:
             assert self.window.loss_sum is not None and self.window.num_targets is not None
             trees["window"] = {
                 "loss_sum": self.window.loss_sum.detach(), "num_targets": self.window.num_targets,
-                "gradients": {name: p.grad for name, p in module.named_parameters() if p.grad is not None},
+                "gradients": {canonical_name(name): p.grad for name, p in module.named_parameters()
+                              if p.grad is not None},
             }
         return trees
 
@@ -232,7 +234,7 @@ class TrainState:
         self.window.clear()
         gradients = window["gradients"] if window else {}
         for name, parameter in module.named_parameters():
-            saved = gradients.get(name)
+            saved = gradients.get(canonical_name(name))
             # A copy: the saved tensor may be a read-only view of the checkpoint's file, and gradients are added to.
             parameter.grad = None if saved is None else saved.to(parameter.device, parameter.dtype, copy=True)
         if window:
@@ -254,7 +256,7 @@ class TrainState:
 
 def load_model(module: nn.Module, tree: Mapping[str, Tensor]) -> None:
     """Copies parameters and buffers in place; refuses the tensors of another model, naming the first that differs."""
-    own = module.state_dict()
+    own = {canonical_name(name): tensor for name, tensor in module.state_dict().items()}
     for name in own:
         if name not in tree:
             raise ValueError(f"the checkpoint has no tensor {name!r} (model {type(module).__name__}): it belongs to "
@@ -266,7 +268,7 @@ def load_model(module: nn.Module, tree: Mapping[str, Tensor]) -> None:
     if extra:
         raise ValueError(f"the checkpoint holds {extra[0]!r}, which the model ({type(module).__name__}) lacks: it "
                          "belongs to another model; build the model that was trained")
-    module.load_state_dict(dict(tree))
+    module.load_state_dict({name: tree[canonical_name(name)] for name in module.state_dict()})
 
 
 def load_optimizer(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:

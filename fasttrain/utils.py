@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import random
+import re
 import signal
 import struct
 import sys
@@ -170,6 +171,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what torch.compile, activation checkpointing and FSDP put into it when they wrap a part
+    of the model."""
+    return _WRAPPERS.sub("", name)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -261,6 +261,18 @@ def test_weights_load_without_data_and_the_full_state_with_it(tmp_path: Path) ->
     assert full.state is not None and full.state.step == 6
 
 
+def test_a_part_wrapped_by_torch_compile_keeps_its_names_in_the_checkpoint(tmp_path: Path) -> None:
+    wrapped = Bigram()
+    wrapped.head = torch.compile(wrapped.head, backend="eager")  # type: ignore[assignment]
+    assert "head._orig_mod.weight" in wrapped.state_dict()
+    tiny_trainer(tmp_path, model=wrapped, loss_fn=signalling_loss({3}), grad_accum_steps=2).train()
+    plain = tiny_trainer(tmp_path, model=Bigram(seed=5), grad_accum_steps=2)
+    assert plain.train().status == "completed" and plain.resumed_from is not None
+    straight = tiny_trainer(model=Bigram(), grad_accum_steps=2)
+    straight.train()
+    assert first_difference(final_trees(straight)["model"], final_trees(plain)["model"]) == ""
+
+
 def test_the_newest_checkpoint_is_passed_over_loudly_if_it_is_damaged(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_trainer(tmp_path, save_every_steps=3).train()
