@@ -177,8 +177,8 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_m
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name without what torch.compile, activation checkpointing and FSDP put into it when they wrap a part
-    of the model."""
+    """A parameter's own name, without what torch.compile, activation checkpointing and FSDP put into it where they wrap
+    a part of the model."""
     return _WRAPPERS.sub("", name)
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -480,9 +481,9 @@ def run(scale: float, seed: int) -> tuple[list[Part], list[str]]:
 
     def add(*new: Part) -> None:
         for part in new:
-            print(part.line(), flush=True)
+            print(part.line(), flush=True, file=sys.__stdout__)
             for wrong in part.wrong[:5]:
-                print("    WRONG:", wrong, flush=True)
+                print("    WRONG:", wrong, flush=True, file=sys.__stdout__)
             parts.append(part)
 
     def scaled(count: int) -> int:
@@ -497,7 +498,7 @@ def run(scale: float, seed: int) -> tuple[list[Part], list[str]]:
     add(concurrent(60.0 * scale))
     add(*hostile(60.0 * scale, seed))
     table = peers.table(1000, seed, with_trainers=True)
-    print("\n".join(table), flush=True)
+    print("\n".join(table), flush=True, file=sys.__stdout__)
     if scale >= 1:
         alive = survivors()
         names = "; ".join(mutant.name for mutant in MUTANTS)
@@ -536,7 +537,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     start = time.monotonic()
-    parts, table = run(arguments.scale, arguments.seed)
+    # The runs' own reports go nowhere; lines of this one go to the real stdout.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts, table = run(arguments.scale, arguments.seed)
     text = report(parts, table, time.monotonic() - start, arguments.seed, arguments.scale)
     if arguments.out:
         arguments.out.write_text(text)
