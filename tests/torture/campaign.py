@@ -58,7 +58,7 @@ class Part:
     note: str = ""
 
     def line(self) -> str:
-        bound = f"≤ {3 / self.trials:.2g}" if self.trials and not self.wrong else ""
+        bound = f"≤ {3 / self.trials:.2g}" if self.trials >= 10 and not self.wrong else ""
         return f"| {self.name} | {self.trials:,} | {len(self.wrong)} | {bound} | {self.note} |"
 
 

@@ -27,7 +27,7 @@ from fasttrain.config import TrainConfig
 from fasttrain.retention import prune_checkpoints
 from fasttrain.saver import CheckpointSaver
 
-KILLS = {"before": 1, "after": 2, "torn": 3}
+KILLS = {"before": 1, "after": 2, "half-way through": 3}
 ERRORS = {name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EINTR")}
 
 shim = ctypes.CDLL(os.environ["FAULTFS"])
