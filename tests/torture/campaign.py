@@ -205,16 +205,23 @@ class Ledger(Callback):
 
 def session(
     directory: Path, ledger: Path, make_loader: Callable[[], Any], stop_at: int, seed: int, **settings: Any
-) -> str:
-    notes = Ledger(ledger)
-    trainer = tiny_trainer(
-        directory, make_loader(), tiny_gpt(seed=seed), callbacks=[notes], loss_fn=notes.loss(stop_at), **settings
-    )
-    notes.trainer = trainer
-    torch.manual_seed(seed)
-    with contextlib.redirect_stdout(io.StringIO()):
-        status = trainer.train().status
-    return str(status)
+) -> None:
+    """One life of a run, in a process of its own as it would be."""
+    pid = os.fork()
+    if pid:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status in (0, 128 + signal.SIGTERM), f"a session ended with {status}"
+        return
+    try:
+        notes = Ledger(ledger)
+        trainer = tiny_trainer(
+            directory, make_loader(), tiny_gpt(seed=seed), callbacks=[notes], loss_fn=notes.loss(stop_at), **settings
+        )
+        notes.trainer = trainer
+        torch.manual_seed(seed)
+        os._exit(trainer.train().exit_code)
+    finally:
+        os._exit(1)
 
 
 def exact_resume(chains: int, seed: int, workers: tuple[int, ...] = (0, 2), stops_at: Any = range(1, 15)) -> Part:
