@@ -16,8 +16,8 @@ _INTERVALS = ("log_every_steps", "eval_every_steps", "eval_at_start", "eval_max_
               "keep_last", "keep_best", "keep_every_steps", "nonfinite", "preflight")
 _BATCH = ("grad_accum_steps", "global_batch_size", "global_batch_tokens")
 _SCHEDULE = ("lr", "min_lr", "warmup_steps", "warmup_ratio", "schedule", "decay_ratio")
-_MATHS = ("max_grad_norm", "weight_decay", "betas", "precision", "compile", "activation_checkpointing", "deterministic",
-          "parallel")
+_MATHS = ("max_grad_norm", "weight_decay", "betas", "precision", "compile", "optimize", "activation_checkpointing",
+          "deterministic", "parallel")
 
 RULES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(_LIMITS, ("taken", "limits count from the run's first step")),
