@@ -25,6 +25,8 @@ from .losses import linear_head
 from .ops import backend_info
 from .ops._dispatch import choose
 from .ops.adamw import AdamW
+from .products import onednn_advantage, use_onednn
+from .products import restore as restore_products
 from .utils import format_bytes
 
 _MEMORY = "cpu memory policy"
@@ -51,6 +53,7 @@ def apply_optimizations(model: nn.Module, config: TrainConfig, device: torch.dev
         _fused_loss(device),
         _fused_linear_loss(model, device, own_loss),
         tune_cpu_memory() if device.type == "cpu" else Optimization(_MEMORY, False, f"the model is on {device.type}"),
+        _products(model, device),
         _tf32(device),
         _activation_checkpointing(model, config.activation_checkpointing),
         Optimization("threads", True, f"{torch.get_num_threads()} of {os.cpu_count() or 1} logical CPUs, as PyTorch "
@@ -127,6 +130,19 @@ def _fused_linear_loss(model: nn.Module, device: torch.device, own_loss: bool) -
         other = f"no compiled kernel for {device.type}: plain PyTorch runs"
         return Optimization(name, False, choice.reason if choice else other)
     return Optimization(name, True, f"{reason}; {choice.impl} kernel")
+
+
+def _products(model: nn.Module, device: torch.device) -> Optimization:
+    """Which library multiplies the float32 matrices of the linear layers."""
+    name = "oneDNN products"
+    if device.type != "cpu":
+        return Optimization(name, False, f"the model is on {device.type}")
+    faster, reason = onednn_advantage()
+    count = use_onednn(model) if faster else 0
+    if faster and not count:
+        reason = "the model has no float32 nn.Linear"
+    return Optimization(name, count > 0, f"{reason}; {count} linear layers" if count else reason,
+                        functools.partial(restore_products, model))
 
 
 def _tf32(device: torch.device) -> Optimization:

@@ -68,7 +68,7 @@ class SeenTokens:
         while self._used > self._rows.numel():
             for name in ("_rows", "_tokens", "_counts", "_repeated"):
                 array = getattr(self, name)
-                setattr(self, name, torch.cat((array, torch.zeros_like(array))))
+                setattr(self, name, torch.cat((array, array.new_zeros(max(array.numel(), 16)))))
         added = [pair for pair, slot in zip(pairs, places) if slot >= first_new]
         if added:
             new = torch.tensor(added, device=self._device)  # (n, 2), in order of their slots

@@ -32,6 +32,7 @@ LEVELS = [
         "repeats",
         "screens",
         "llama_weights",
+        "products",
     },
     {
         "amp",

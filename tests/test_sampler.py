@@ -58,6 +58,15 @@ def test_sparse_edits_equal_the_formula_for_ragged_rows_that_grow_leave_and_bran
         torch.testing.assert_close(edited, penalized_reference(x, prompts, new, penalties), rtol=1e-6, atol=1e-6)
 
 
+def test_tokens_are_counted_after_a_selection_of_rows_that_hold_none() -> None:
+    seen = SeenTokens([[], []], Penalties(1.0, 0.0, 0.5, False, False), CPU)
+    seen.select_rows([1])
+    seen.add([3])
+    x = torch.zeros(1, 5)
+    seen.edit_inplace(x)
+    assert x.tolist() == [[0.0, 0.0, 0.0, -0.5, 0.0]]
+
+
 def test_the_repetition_penalty_is_transformers() -> None:
     processors = pytest.importorskip("transformers.generation.logits_process")
     x, ids = logits_of(2), [[3, 9, 9, 20], [1, 1, 2, 49]]

@@ -1,0 +1,107 @@
+"""Float32 matrix products by oneDNN on CPUs where PyTorch's own choice leaves half of the processor idle.
+
+`torch.mm` calls MKL, whose AVX-512 kernels run on Intel's processors only; on another maker's it computes with vectors
+of half the width. oneDNN, in the same build of PyTorch, goes by what the processor can do: 2.1 times as fast on Zen 5
+(`python -m bench.products`). `use_onednn` gives the nn.Linear layers of a model a forward and backward by it. The
+decision depends on the processor and the shapes alone, never on a timing: a resumed run computes the same bits.
+Left out: attention's own products; 16-bit ones, which PyTorch gives to oneDNN already; and compiled graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MIN_MULTIPLICATIONS = 1 << 22
+"""Rows x inputs x outputs below which a product's fixed cost outweighs what oneDNN saves."""
+
+
+@functools.cache
+def onednn_advantage() -> tuple[bool, str]:
+    """Whether oneDNN's float32 products are the faster ones on this processor, and why."""
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False, "this build of PyTorch has no oneDNN"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False, "without AVX-512, MKL's products are as fast"
+    vendor = _vendor()
+    if vendor in ("GenuineIntel", ""):
+        return False, "MKL uses this processor's AVX-512" if vendor else "the processor's maker is not known"
+    return True, f"this {vendor} processor has AVX-512, which MKL does not use"
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def use_onednn(model: nn.Module) -> int:
+    """Gives every float32 nn.Linear of `model` on a CPU a forward by oneDNN; returns how many. See `restore`.
+
+    `y = x @ weight.T + bias` with x (..., inputs), weight (outputs, inputs); both gradients come from oneDNN as well.
+    A layer whose forward is the user's own, or that is not exactly an nn.Linear, keeps it.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
+              and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
+    for layer in layers:
+        layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes `use_onednn`."""
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
+            del module.forward
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight = layer.weight
+    suits = x.numel() * weight.size(0) >= MIN_MULTIPLICATIONS and x.dtype == torch.float32
+    if not suits or torch.is_autocast_enabled("cpu") or _turned_off():
+        return F.linear(x, weight, layer.bias)
+    y: Tensor = _Linear.apply(x.reshape(-1, x.size(-1)), weight, layer.bias)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.size(0))
+
+
+def _turned_off() -> bool:
+    """By `torch.backends.mkldnn.flags(enabled=False)`, or in a compiled graph: Inductor takes this op with constant
+    weights only."""
+    return torch.compiler.is_compiling() or not torch._C._get_mkldnn_enabled()
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b.T + bias` by oneDNN: a (m, k), b (n, k), each contiguous or the transpose of a contiguous matrix.
+
+    Other strides are copied: oneDNN takes minutes for them.
+    """
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
+    return y  # (m, n)
+
+
+def _dense(a: Tensor) -> Tensor:
+    return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()  # (N, outputs)
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (product(grad, weight.t()) if wants_x else None,
+                product(grad.t(), x.t()) if wants_weight else None,
+                grad.sum(0) if wants_bias else None)
