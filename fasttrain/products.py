@@ -2,7 +2,7 @@
 
 `torch.mm` calls MKL, whose AVX-512 kernels run on Intel's processors only; on another maker's it computes with vectors
 of half the width. oneDNN, in the same build of PyTorch, goes by what the processor can do: 2.1 times as fast on Zen 5
-(`python -m bench.products`). `use_onednn` gives the nn.Linear layers of a model a forward and backward by it. The
+(`pytest bench/bench_products.py`). `use_onednn` gives the nn.Linear layers of a model a forward and backward by it. The
 decision depends on the processor and the shapes alone, never on a timing: a resumed run computes the same bits.
 Left out: attention's own products; 16-bit ones, which PyTorch gives to oneDNN already; and compiled graphs.
 """
@@ -89,6 +89,35 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _dense(a: Tensor) -> Tensor:
     return a if a.is_contiguous() or a.t().is_contiguous() else a.contiguous()
+
+
+_SLICE_BYTES = 2 << 20
+"""Of a result that has a place already, at a time: oneDNN returns fresh memory, and a little of it stays in cache."""
+
+
+def usable(rows: int, weight: Tensor) -> bool:
+    """Whether the functions below are the fast way to multiply (rows, k) by weight.T, weight (n, k)."""
+    return (rows * weight.numel() >= MIN_MULTIPLICATIONS and weight.device.type == "cpu" and weight.is_contiguous()
+            and weight.dtype == torch.float32 and onednn_advantage()[0] and not _turned_off())
+
+
+def fill_product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    """out = a @ b.T + bias: out (m, n), a (m, k), b (n, k), bias (n,)."""
+    for at in _slices(b.size(0), a.size(0)):
+        out[:, at] = product(a, b[at], None if bias is None else bias[at])
+
+
+def fill_transposed_product(total: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """total (+)= a.T @ b: total (m, n), a (k, m), b (k, n)."""
+    b_transposed = b.t().contiguous()
+    for at in _slices(a.size(1), max(a.size(0), b.size(1))):
+        part = product(a[:, at].contiguous().t(), b_transposed)
+        total[at].add_(part) if add else total[at].copy_(part)
+
+
+def _slices(count: int, width: int) -> list[slice]:
+    step = max(_SLICE_BYTES // (4 * max(width, 1)), 128)
+    return [slice(begin, begin + step) for begin in range(0, count, step)]
 
 
 class _Linear(torch.autograd.Function):

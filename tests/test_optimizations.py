@@ -130,7 +130,7 @@ def test_every_switch_reports_its_state_with_a_reason() -> None:
     _, decisions = apply_optimizations(Stack(), TrainConfig(), torch.device("cpu"))
     try:
         assert {d.name: d.on for d in decisions}["torch.compile"] is False
-        assert all(d.reason for d in decisions) and len({d.name for d in decisions}) == len(decisions) == 8
+        assert all(d.reason for d in decisions) and len({d.name for d in decisions}) == len(decisions) == 9
     finally:
         for decision in decisions:
             decision.restore()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import TRITON_INTERPRETED
+from ..products import fill_product, fill_transposed_product, product, usable
 from ..utils import on_host, read_scalar
 from ._dispatch import IMPLEMENTATIONS, Impl, resolve
 from .cross_entropy import (
@@ -31,8 +32,8 @@ from .cross_entropy import (
 
 IMPLEMENTATIONS["linear_cross_entropy"] = ("reference", "cpp", "triton")
 
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-"""What a chunk of logits may take. A GPU needs thousands of rows for its products to be bound by arithmetic."""
+WORKSPACE_BYTES = {"cpu": 56 << 20, "cuda": 512 << 20}
+"""What a chunk of logits may take: 64 MiB with the products' own; a GPU needs thousands of rows to be kept busy."""
 
 MIN_ROWS = 128
 """Of a chunk, whatever they take: each chunk reads the whole weight, and writes its whole gradient."""
@@ -201,19 +202,21 @@ def _chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
     rows = _rows_with_target(targets, terms.ignore_index)  # None: all
     count = num_rows if rows is None else rows.numel()
     step = _rows_per_chunk(count, num_classes, compute.itemsize, hidden.device.type)
-
     multiplied = weight.to(compute)
     if 1 not in multiplied.stride() or 0 in multiplied.stride():
         multiplied = multiplied.contiguous()  # once, not in every product
     added = None if bias is None else bias.to(compute)
     workspace = _empty_matrix(namespace, step, num_classes, compute, hidden.device)
+    onednn = namespace == "fasttrain" and usable(step, multiplied)
     losses = torch.zeros(num_rows, dtype=wide, device=hidden.device)
     grad_hidden, grad_weight, grad_bias = _empty_gradients(namespace, hidden, weight, wide, needs, rows is not None)
     for begin in range(0, count, step):
         at = slice(begin, min(begin + step, count)) if rows is None else rows[begin:begin + step]
         h, y = hidden[at].to(compute), targets[at]  # (n, D), (n,)
         z = workspace[:y.size(0)]  # (n, V): logits, then their gradient
-        if added is None:
+        if onednn:
+            fill_product(z, h, multiplied, added)
+        elif added is None:
             torch.mm(h, multiplied.t(), out=z)
         else:
             torch.addmm(added, h, multiplied.t(), out=z)
@@ -222,11 +225,11 @@ def _chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
             continue
         losses[at] = kernels.cross_entropy_fused_(z, y, scale if scale.dim() == 0 else scale[at], *terms)[0]
         if needs[0]:
-            if rows is None and grad_hidden.dtype == compute:
-                torch.mm(z, multiplied, out=grad_hidden[at])
-            else:
-                grad_hidden[at] = torch.mm(z, multiplied).to(grad_hidden.dtype)
-        if needs[1]:
+            part = product(z, multiplied.t()) if onednn else torch.mm(z, multiplied)
+            grad_hidden[at] = part.to(grad_hidden.dtype)
+        if needs[1] and onednn and grad_weight.is_contiguous():
+            fill_transposed_product(grad_weight, z, h, add=begin > 0)
+        elif needs[1]:
             _add_product(grad_weight, z.t(), h, first=begin == 0)
         if needs[2]:
             grad_bias += z.sum(0, dtype=wide)
@@ -259,10 +262,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """total (+)= a @ b, in the total's type."""
     if total.dtype == a.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif first:
-        total.copy_(torch.mm(a, b))
     else:
-        total.add_(torch.mm(a, b))
+        total.copy_(torch.mm(a, b)) if first else total.add_(torch.mm(a, b))
 
 
 def _empty_gradients(namespace: str, hidden: Tensor, weight: Tensor, wide: torch.dtype, needs: Any,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttrain import backend_info, ops
+from fasttrain import products as onednn
 from fasttrain.backend import extension
 from fasttrain.ops.cross_entropy import Terms
 from fasttrain.ops.linear_cross_entropy import linear_cross_entropy_reference
@@ -104,6 +105,24 @@ def test_loss_and_gradients_are_as_exact_as_pytorchs(
         assert_as_exact_as_pytorch(
             hidden, weight, bias if with_bias else None, targets, upstream=upstream, reduction=reduction, **terms
         )
+
+
+@needs_extension
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_products_by_onednn_are_as_exact(monkeypatch: pytest.MonkeyPatch, reduction: str, with_bias: bool) -> None:
+    """On processors where they are the faster ones; here on any. The last has several slices."""
+    monkeypatch.setattr(onednn, "onednn_advantage", lambda: (True, "for the test"))
+    monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
+    for N, D, V in [(1, 1, 1), (33, 16, 63), (20, 40, 2500), (150, 20, 7300)]:
+        hidden, weight, bias, targets = head(N, D, V)
+        upstream = torch.linspace(-1, 2, N) if reduction == "none" else 0.37
+        with torch.profiler.profile() as profile:
+            assert_as_exact_as_pytorch(
+                hidden, weight, bias if with_bias else None, targets, upstream=upstream, reduction=reduction
+            )
+        assert any(event.key == "mkldnn::_linear_pointwise" for event in profile.key_averages())
 
 
 @needs_extension
@@ -393,7 +412,9 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 MEASURE_MEMORY = """
 import sys, torch
 from fasttrain import ops
-N, V, D = 2048, 16384, 16
+from fasttrain.products import product
+product(torch.randn(256, 256), torch.randn(256, 256))  # oneDNN's own fixed memory
+N, V, D = 1792, 16384, 16
 def leaf(*shape): return torch.randn(*shape).requires_grad_()
 hidden, weight, targets = leaf(N, D), leaf(V, D), torch.randint(0, V, (N,))
 def step(): return ops.linear_cross_entropy(hidden, weight, targets, impl=sys.argv[1], reduction=sys.argv[2]).sum()
@@ -411,11 +432,11 @@ print((status("VmHWM") - before) / (64 << 20))
 @needs_extension
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_memory_stays_within_the_budget(reduction: str) -> None:
-    """Resident memory at the peak of forward and backward, in units of the budget; the logits would be twice that."""
+    """Resident memory at the peak of forward and backward, in units of 64 MiB; the logits would be 1.75."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE_MEMORY, "cpp", reduction], capture_output=True, text=True, check=True
     )
-    results = (16384 * 16 + 2048 * 16) * 4 / (64 << 20)
+    results = (16384 * 16 + 1792 * 16) * 4 / (64 << 20)
     assert 0.9 < float(done.stdout) - results < 1.1
 
 
@@ -424,11 +445,11 @@ def test_memory_stays_within_the_budget(reduction: str) -> None:
     [
         (1024, 50304, 256),  # four equal chunks, not three of 333 and one of 25
         (1000, 50304, 256),
-        (300, 50304, 300),
+        (290, 50304, 290),
         (64, 128256, 64),
         (4096, 262144, 128),
         (0, 1000, 1),
-        (100_000, 1000, 16672),
+        (100_000, 1000, 14288),
     ],
 )
 def test_chunks_are_equal_and_fit_the_budget(
