@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MIN_MULTIPLICATIONS = 1 << 22
 """Rows x inputs x outputs below which a product's fixed cost outweighs what oneDNN saves."""
@@ -52,18 +53,19 @@ def use_onednn(model: nn.Module) -> int:
     layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)
               and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
     for layer in layers:
-        layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
     return len(layers)
 
 
 def restore(model: nn.Module) -> None:
     """Undoes `use_onednn`."""
     for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) is _forward:
+        if getattr(vars(module).get("forward"), "__func__", None) is forward:
             del module.forward
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    """nn.Linear's; under that name, so that a pickled layer comes back as a plain one."""
     weight = layer.weight
     suits = x.numel() * weight.size(0) >= MIN_MULTIPLICATIONS and x.dtype == torch.float32
     if not suits or torch.is_autocast_enabled("cpu") or _turned_off():
@@ -127,6 +129,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()  # (N, outputs)

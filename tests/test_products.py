@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -76,6 +77,23 @@ def test_only_plain_float32_layers_are_changed_and_restore_undoes_it() -> None:
     assert clone[0].forward.__self__ is clone[0], "a copy would compute with the original's weights"
     products.restore(model)
     assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_a_pickled_layer_comes_back_as_a_plain_one() -> None:
+    layer = nn.Linear(3, 2)
+    products.use_onednn(layer)
+    x = torch.randn(4, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@needs_onednn
+def test_a_second_derivative_is_refused_and_not_silently_zero() -> None:
+    layer = nn.Linear(256, 256)
+    products.use_onednn(layer)
+    x = torch.randn(256, 256, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_the_report_says_which_library_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
