@@ -56,20 +56,26 @@ def compare(
     rounds: int = 9,
     prepare: Callable[[], Any] = lambda: None,
     growth: tuple[str, str, float] = ("", "", 0.0),
+    warm: bool = False,
 ) -> dict[str, Row]:
     """Times `ours` and the `others` in `rounds` interleaved rounds and records a row for each.
 
     `growth` is (curve, axis, amount): where the rows stand in a plot of time against size.
-    `prepare` runs before every measured call, outside its time. Returns the rows by contender name.
+    `prepare` runs before every measured call, outside its time; with `warm` the call itself does too: where a call
+    takes microseconds, the one before it decides what is in the caches. Returns the rows by contender name.
     """
     times: dict[str, list[float]] = {key: [] for key in others}
 
     def run_the_others() -> None:
         for key, call in others.items():
+            if warm:
+                call()
             prepare()
             start = time.perf_counter()
             call()
             times[key].append((time.perf_counter() - start) * 1e3)
+        if warm:
+            ours()
         prepare()
 
     for call in (*others.values(), ours):  # warm up, compile

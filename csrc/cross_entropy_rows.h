@@ -83,8 +83,8 @@ struct BlockSums {
     V total0 = V::set(0), total1 = V::set(0), plain = V::set(0);
     std::int64_t i = begin;
     for (; i + 2 * V::width <= end; i += 2 * V::width) {
-      for (std::size_t line = 0; line < 2 * V::width * sizeof(T); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(x + i + 2 * kBlock) + line);
+      for (std::size_t line = 0; line < 2 * V::width * sizeof(T); line += 64)  // into the first level only: used at once
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i + 2 * kBlock) + line, 0, 0);
       V a = V::load(x + i), b = V::load(x + i + V::width);
       if (kSoftcap) { a = softcap.apply(a); b = softcap.apply(b); }
       if (kSum) plain = plain + (a + b);
