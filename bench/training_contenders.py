@@ -3,7 +3,8 @@
     python -m bench.training_contenders --contender fasttrain --model llama --steps 6
 
 Contenders: a hand-written PyTorch loop (fused AdamW, clipping), the Trainers of transformers and Lightning, fasttrain,
-and `gemm`: nothing but the step's matrix products, under fasttrain's memory policy. All train the same weights on the
+`gemm`: nothing but the step's matrix products, under fasttrain's memory policy, and `bare`: forward and backward
+without a loop around them. All train the same weights on the
 same batches with the same optimizer, so their losses must agree.
 """
 
@@ -106,13 +107,13 @@ def run_fasttrain(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None
     from fasttrain import Callback, TrainConfig, Trainer
 
     class Watch(Callback):
+        booked = 0.0
+
         def on_step(self, state: Any) -> None:
-            watch.update[-1] = state_seconds(state) - sum(watch.update[:-1])
+            seconds = clock.seconds.get("optimizer", 0.0)
+            watch.update[-1], self.booked = seconds - self.booked, seconds
             watch.losses.append(state.counters.last_loss)
             watch.step()
-
-    def state_seconds(state: Any) -> float:
-        return clock.seconds.get("optimizer", 0.0)
 
     model, data = shape.model(kind), shape.rows_of_data(steps)
     config = TrainConfig(max_steps=steps, lr=LR, betas=BETAS, weight_decay=DECAY, schedule="constant",
@@ -199,6 +200,17 @@ def run_lightning(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None
                           default_root_dir=folder, enable_model_summary=False).fit(Module(), loader)
 
 
+def run_bare(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None:
+    """Forward and backward alone: what no loop can avoid. Any step's rest is overhead."""
+    model, data = shape.model(kind).train(), shape.rows_of_data(steps)
+    for ids in data.split(shape.rows):
+        loss = logits_loss(model, ids)
+        loss.backward()
+        model.zero_grad()
+        watch.losses.append(0.0)
+        watch.step()
+
+
 def run_gemm(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None:
     """Forward, gradient of the input, gradient of the weight of every matrix, back to back."""
     from fasttrain.optimizations import tune_cpu_memory
@@ -218,7 +230,7 @@ def run_gemm(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None:
 
 
 RUNS = {"hand-written": run_hand, "transformers": run_transformers, "lightning": run_lightning,
-        "fasttrain": run_fasttrain, "gemm": run_gemm}
+        "fasttrain": run_fasttrain, "gemm": run_gemm, "bare": run_bare}
 
 
 def main() -> None:

@@ -6,9 +6,12 @@ needs of each parameter travels as lists of tensors, parallel to each other; num
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backend import TRITON_INTERPRETED
@@ -72,9 +75,16 @@ def kernel_update(namespace: str, members: list[Member], terms: list[Terms], mul
         [state["exp_avg_sq"] for state in states], [state.get(SCALES, empty) for state in states],
         [state["step"] for state in states], [state["ema"] for state in states] if "ema" in states[0] else [],
         [state.get(REMAINDER, empty) for state in states] if any(REMAINDER in state for state in states) else [],
-        torch.tensor(terms, dtype=torch.float64), torch.tensor([member[3:] for member in members]),
+        torch.from_numpy(_table(tuple(terms))), torch.from_numpy(_table(tuple([member[3:] for member in members]))),
         None if multiplier is None else multiplier.to(device, torch.float32),
         None if skip is None else skip.to(device, torch.float32), seed, zero_grads)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(rows: tuple[tuple[float, ...], ...]) -> NDArray[Any]:
+    """float64 of `Terms`, int64 of places; the same rows come step after step. An array, because a tensor made while
+    something traces would outlive it."""
+    return np.array(rows, dtype=np.float64 if isinstance(rows[0], Terms) else np.int64)
 
 
 def _register(namespace: str, triton_device: str) -> Any:

@@ -229,13 +229,14 @@ class AdamW(Optimizer):
         return self.master == REMAINDER and p.dtype == torch.bfloat16
 
     def _shard(self, p: Tensor) -> Shard:
-        return self.shards.get(p) or Shard(0, p.numel())
+        return (self.shards.get(p) if self.shards else None) or Shard(0, p.numel())
 
     def _members(self) -> list[Member]:
         members, first = [], 0
         for number, group in enumerate(self.param_groups):
-            members += [Member(p, p.grad, self._state_of(p), number, first + index, self._shard(p).offset)
-                        for index, p in enumerate(group["params"]) if p.grad is not None]
+            members += [Member(p, grad, self._state_of(p, grad), number, first + index,
+                               self._shard(p).offset if self.shards else 0)
+                        for index, p in enumerate(group["params"]) if (grad := p.grad) is not None]
             first += len(group["params"])
         return members
 
@@ -261,11 +262,10 @@ class AdamW(Optimizer):
         return Terms(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"],
                      -1.0 if group.get("maximize") else 1.0, 0.0 if self.ema_decay is None else 1.0 - self.ema_decay)
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
+    def _state_of(self, p: Tensor, grad: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
         if state:
             return state
-        grad = cast(Tensor, p.grad)
         if grad.is_sparse or p.is_complex():
             kind = "sparse gradient" if grad.is_sparse else "complex value"
             raise ValueError(f"AdamW: a parameter of shape {tuple(p.shape)} has a {kind}, which AdamW does not "
