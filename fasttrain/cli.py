@@ -75,6 +75,10 @@ class Shape:
     """Probability of dropping a value while training."""
 
 
+_DEFAULTS = TrainConfig(max_steps=1000, warmup_steps=50, lr=1e-3, min_lr=1e-4, eval_every_steps=200,
+                        save_every_steps=200)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Trains a GPT on text. The same command again continues where it was."""
@@ -83,9 +87,7 @@ class Train:
     """Directory of the run: checkpoints, metrics.jsonl, loss.png."""
     data: Annotated[Data, Flat]
     shape: Annotated[Shape, Flat] = field(default_factory=Shape)
-    config: Annotated[TrainConfig, Flat] = TrainConfig(
-        max_steps=1000, warmup_steps=50, lr=1e-3, min_lr=1e-4, eval_every_steps=200, save_every_steps=200
-    )
+    config: Annotated[TrainConfig, Flat] = _DEFAULTS
     config_file: Path | None = None
     """A TOML or JSON file of training options; flags override it."""
 
@@ -99,7 +101,7 @@ class Train:
             model=model,
             train_dataloader=TokenLoader(train, self.data.batch_size, seed=self.config.seed),
             val_dataloader=TokenLoader(val, self.data.batch_size, shuffle=False, drop_last=False),
-            config=self.config,
+            config=_without_idle_defaults(self.config),
             checkpoint_dir=self.out,
             use_amp=True if self.config.precision == "auto" else None,
         )
@@ -114,6 +116,15 @@ class Train:
             report["plot"] = f"none: {reason}"
         print_report(f"{result.status} after {result.step} steps", list(report.items()))
         return result.exit_code
+
+
+def _without_idle_defaults(config: TrainConfig) -> TrainConfig:
+    """A short run is not told off for this command's own intervals being longer than it."""
+    def fitting(every: int, default: int) -> int:
+        return 0 if 0 < config.max_steps < every == default else every
+
+    return dataclasses.replace(config, eval_every_steps=fitting(config.eval_every_steps, _DEFAULTS.eval_every_steps),
+                               save_every_steps=fitting(config.save_every_steps, _DEFAULTS.save_every_steps))
 
 
 @dataclass(frozen=True, kw_only=True)

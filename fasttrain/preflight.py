@@ -7,6 +7,7 @@ the run will be. Everything is put back afterwards: a run with preflight compute
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import tempfile
@@ -85,14 +86,15 @@ def preflight(state: TrainState, config: TrainConfig, parts: Parts, *, checkpoin
         num_eval_batches: how many such calls an evaluation amounts to, where that is known.
 
     Raises:
-        ValueError: the run cannot end well: no limit, no batch, no room on the disk, a directory that cannot be
-            written. Errors of the model on the first batch (shapes, a label outside the vocabulary) come as they are.
+        ValueError: the run cannot end well: no limit, an interval that never fires, no batch, no room on the disk, a
+            directory that cannot be written. Errors of the model on the first batch (shapes, a label outside the
+            vocabulary) come as they are.
     """
     check_limits(config)
     loader = state.stream.loader
     steps = planned_steps(config, loader)
-    warnings = list(interval_warnings(config, steps, has_val=evaluate_one is not None,
-                                      has_dir=checkpoint_dir is not None))
+    check_intervals(config, loader, has_val=evaluate_one is not None, has_dir=checkpoint_dir is not None)
+    warnings: list[str] = []
     loss, seconds, longest = None, None, None
     if not iter_is_self(loader):
         loss, seconds, longest = try_batch(state, config, parts, loader)
@@ -142,16 +144,23 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def interval_warnings(config: TrainConfig, steps: int | None, *, has_val: bool, has_dir: bool) -> Iterable[str]:
-    """Intervals that will never fire, in words."""
-    if config.eval_every_steps and not has_val:
-        yield f"eval_every_steps={config.eval_every_steps} never fires: there is no val_dataloader"
-    if config.save_every_steps and not has_dir:
-        yield f"save_every_steps={config.save_every_steps} never fires: there is no checkpoint_dir"
-    for name in ("log_every_steps", "eval_every_steps", "save_every_steps"):
+def check_intervals(config: TrainConfig, loader: Iterable[Any], *, has_val: bool, has_dir: bool) -> None:
+    """Refuses an interval that would never fire: what was asked for would silently not happen. A default that is longer
+    than the run is no mistake of anybody's; a limit in tokens only bounds the steps from below."""
+    steps = planned_steps(dataclasses.replace(config, max_tokens=0), loader)
+    needs = {"eval_every_steps": ("a val_dataloader", has_val), "save_every_steps": ("a checkpoint_dir", has_dir),
+             "keep_every_steps": ("a checkpoint_dir", has_dir), "log_every_steps": ("", True)}
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}
+    for name, (need, there) in needs.items():
         every = getattr(config, name)
+        if every == defaults[name]:
+            continue
+        if not there:
+            raise ValueError(f"{name}={every} never fires: there is no {need[2:]}; pass {need} to the Trainer, or set "
+                             f"{name}=0")
         if steps is not None and every > steps:
-            yield f"{name}={every} never fires: the run has {steps} steps"
+            raise ValueError(f"{name}={every} never fires: the run has {steps} steps; choose at most that, or leave it "
+                             "out (the end of a run is logged, evaluated and saved anyway)")
 
 
 def try_batch(state: TrainState, config: TrainConfig, parts: Parts,

@@ -534,12 +534,22 @@ def test_hugging_face_models_train_unchanged_and_resume_exactly(tmp_path: Path) 
         Trainer(bert)
 
 
-def test_preflight_names_intervals_that_never_fire_and_a_disk_too_small(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = tiny_trainer(eval_every_steps=2, save_every_steps=2, log_every_steps=50).preflight()
-    text = " ".join(report.warnings)
-    for name in ("eval_every_steps=2", "save_every_steps=2", "log_every_steps=50"):
-        assert name in text
+@pytest.mark.parametrize("interval", [{"eval_every_steps": 2}, {"save_every_steps": 2}, {"keep_every_steps": 2},
+                                      {"log_every_steps": 7}], ids=str)
+def test_an_interval_that_never_fires_is_refused_before_the_first_step(interval: dict[str, int]) -> None:
+    trainer = tiny_trainer(max_steps=6, preflight=True, **interval)
+    [(name, every)] = interval.items()
+    with pytest.raises(ValueError, match=rf"{name}={every} never fires.*"):
+        trainer.train()
+    assert trainer.state is not None and trainer.state.step == 0
+
+
+def test_an_interval_that_nobody_chose_may_be_longer_than_the_run() -> None:
+    assert tiny_trainer(max_steps=2, log_every_steps=10, preflight=True).train().step == 2
+
+
+def test_preflight_refuses_a_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tiny_trainer().preflight()
     assert report.loss == pytest.approx(math.log(29), rel=0.2)
     monkeypatch.setattr("fasttrain.preflight.free_bytes", lambda directory: 1000)
     with pytest.raises(ValueError, match=r"1000 B free"):
