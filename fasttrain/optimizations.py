@@ -27,7 +27,7 @@ from .ops._dispatch import choose
 from .ops.adamw import AdamW
 from .products import onednn_advantage, use_onednn
 from .products import restore as restore_products
-from .utils import format_bytes
+from .utils import available_memory_bytes, format_bytes
 
 _MEMORY = "cpu memory policy"
 
@@ -215,6 +215,7 @@ def tune_cpu_memory(reserve_bytes: int | None = None) -> Optimization:
     trimming) keep the memory, and `madvise(MADV_HUGEPAGE)` on the heap's next `reserve_bytes` (address space only:
     nothing is resident until it is used; default half of the memory now available) makes its faults 512 times rarer.
     The price is a higher peak of resident memory, since kept blocks fragment; `bench/bench_cpu_memory.py` shows both.
+    In a Trainer's run it is bounded: see memory_bound.py.
 
     Process-wide. `.restore()` of the result gives the free memory back and sets glibc's defaults again (except that
     glibc's self-adjusting mmap threshold stays off, which cannot be undone). Off elsewhere than on Linux with glibc.
@@ -234,7 +235,8 @@ def tune_cpu_memory(reserve_bytes: int | None = None) -> Optimization:
         libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
         libc.malloc_trim(ctypes.c_size_t(0))
 
-    pages = _advise_huge_heap(libc, _available_bytes() // 2 if reserve_bytes is None else reserve_bytes)
+    pages = _advise_huge_heap(libc, (available_memory_bytes() or 8 << 30) // 2 if reserve_bytes is None
+                              else reserve_bytes)
     return Optimization(name, True, f"freed tensors stay in the process; {pages}", restore)
 
 
@@ -268,11 +270,3 @@ def _advise_huge_heap(libc: ctypes.CDLL, num_bytes: int) -> str:
     advised = end > begin and libc.madvise(begin, end - begin, _MADV_HUGEPAGE) == 0
     libc.free(block)
     return f"huge pages for the next {format_bytes(num_bytes)}" if advised else "the kernel refused huge pages"
-
-
-def _available_bytes() -> int:
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 4 << 30

@@ -27,17 +27,13 @@ from .averaging import averaged_weights
 from .batch_stream import BatchStream, peek_batches
 from .callbacks import Hooks, JsonlLogger, Run
 from .capsule import NonfiniteRecorder
-from .checkpointing import (
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    read_manifest,
-)
+from .checkpointing import latest_checkpoint, list_checkpoints, load_checkpoint, read_manifest
 from .config import TrainConfig, load_config
 from .evaluation import EvalResult, Pieces, evaluate
 from .export import load_weights
 from .generation import generate
 from .losses import LossFunction, batch_loss, check_is_causal
+from .memory_bound import MemoryBound
 from .optimizations import Optimization, apply_optimizations, kept_memory, optimizer_switches
 from .preflight import PreflightReport, preflight
 from .progress import Progress, print_report
@@ -309,7 +305,7 @@ class Trainer:
 
     def _run(self, state: TrainState, interruption: Interruption, clock: PhaseClock) -> str:
         config = self._resolved()
-        own = [kind() for kind in (JsonlLogger, NonfiniteRecorder)
+        own = [kind() for kind in (JsonlLogger, NonfiniteRecorder, MemoryBound)
                if not any(isinstance(callback, kind) for callback in self.callbacks)]
         saver = None if self.checkpoint_dir is None else CheckpointSaver(
             self.checkpoint_dir, self.config, log=self.progress.log)

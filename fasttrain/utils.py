@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -255,13 +256,34 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class MemoryRoom(NamedTuple):
+    """Bytes that can be allocated without swapping, and how many there are in all."""
+
+    available: int
+    total: int
+
+
+def memory_room(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> MemoryRoom | None:
+    """The machine's, or the container's where its limit (cgroup v2) is nearer; None where the platform does not tell.
+    Files read into a container's page cache count as available: they are dropped first."""
+    try:
+        fields = dict(line.split(":", 1) for line in proc.read_text(encoding="ascii").splitlines())
+        room = MemoryRoom(*(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal")))
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return room
+    return min(room, MemoryRoom(max(0, limit - used), limit))
+
+
 def available_memory_bytes() -> int | None:
     """Memory that can be allocated without swapping; None where the platform does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
+    room = memory_room()
+    return None if room is None else room.available
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -60,6 +60,7 @@ LEVELS = [
         "evaluation",
         "generation",
         "loggers",
+        "memory_bound",
         "models",
         "optimizations",
         "profiling",
