@@ -1,5 +1,6 @@
-// cross_entropy for CPUs: fasttrain::cross_entropy_{forward,fused,fused_,backward}. The schemas and the formula stand in
-// fasttrain/ops/cross_entropy.py; this file validates, allocates, and gives rows to threads.
+// cross_entropy for CPUs: fasttrain::cross_entropy_{forward,fused,fused_,backward}, whose schemas and formula stand in
+// fasttrain/ops/cross_entropy.py, and its two halves for rows that are cut over processes, cross_entropy_shard_{statistics,
+// gradient,gradient_}: fasttrain/ops/_shard_rows.py. This file validates, allocates, and gives rows to threads.
 
 #include <algorithm>
 #include <atomic>
@@ -43,6 +44,9 @@ struct Problem {
   double* lse = nullptr;             // (N,)
   const void* row_scales = nullptr;  // the gradient is that of sum(row_scales * losses)
   std::int64_t row_scales_stride = 0;
+  std::int64_t all_classes = 0;     // V, or that of all shards together: what label smoothing spreads over
+  double* target_logits = nullptr;  // (N,) statistics only: capped; 0 where the target is another shard's
+  double* logit_sums = nullptr;     // (N,) statistics only: of the capped logits; 0 without label smoothing
 
   void set_row(std::int64_t row, double loss, double row_lse) const {
     if (float64) static_cast<double*>(losses)[row] = loss;
@@ -55,7 +59,7 @@ struct Problem {
   }
 };
 
-enum class Pass { forward, fused, backward };
+enum class Pass { forward, fused, backward, statistics };
 
 // Threads take rows in small groups: ignored rows cost nothing, so equal shares would not be equal work, and the rows of a
 // group follow each other in memory, so that the prefetch at the end of one fetches the next.
@@ -130,8 +134,9 @@ void run(const Problem& problem, Pass pass, ScalarType dtype) {
   STD_TORCH_CHECK(!out_of_memory, "cross_entropy: no memory for two rows of ", problem.V, " values per thread");
 }
 
+// shard: a target outside of [0, V) is another shard's.
 Problem make_problem(const Tensor& logits, const Tensor& targets, std::int64_t ignore_index, double label_smoothing,
-                     double z_loss, double softcap) {
+                     double z_loss, double softcap, bool shard = false) {
   const ScalarType dtype = logits.scalar_type();
   STD_TORCH_CHECK(logits.dim() == 2, "cross_entropy: logits must be (N, V), got ", logits.dim(), " dimensions");
   STD_TORCH_CHECK(targets.dim() == 1 && targets.size(0) == logits.size(0), "cross_entropy: targets must be (N,)");
@@ -142,7 +147,7 @@ Problem make_problem(const Tensor& logits, const Tensor& targets, std::int64_t i
   STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1 || logits.size(0) == 0, "cross_entropy: logits' last dimension must be contiguous");
   Problem p{};
   p.N = logits.size(0);
-  p.V = logits.size(1);
+  p.V = p.all_classes = logits.size(1);
   p.row_stride = logits.stride(0);
   p.logits = logits.const_data_ptr();
   p.targets = targets.const_data_ptr<std::int64_t>();
@@ -151,7 +156,7 @@ Problem make_problem(const Tensor& logits, const Tensor& targets, std::int64_t i
   p.z_loss = z_loss;
   p.softcap = softcap;
   p.float64 = dtype == ScalarType::Double;
-  for (std::int64_t row = 0; row < p.N; ++row) {
+  for (std::int64_t row = 0; row < p.N && !shard; ++row) {
     const std::int64_t y = p.targets[row];
     STD_TORCH_CHECK(y == ignore_index || (y >= 0 && y < p.V), "cross_entropy: targets[", row, "] is ", y,
                     ", which is neither ignore_index (", ignore_index, ") nor in [0, ", p.V, ")");
@@ -224,6 +229,54 @@ Tensor cross_entropy_backward(const Tensor& grad_losses, const Tensor& logits, c
   return gradient;
 }
 
+// (3, N) float64: log-sum-exp, the target's logit, the sum of the logits.
+Tensor cross_entropy_shard_statistics(const Tensor& logits, const Tensor& targets, std::int64_t ignore_index,
+                                      double label_smoothing, double z_loss, double softcap) {
+  Problem p = make_problem(logits, targets, ignore_index, label_smoothing, z_loss, softcap, true);
+  Tensor statistics = torch::stable::new_empty(logits, {3, p.N}, ScalarType::Double);
+  p.lse = statistics.mutable_data_ptr<double>();
+  p.target_logits = p.lse + p.N;
+  p.logit_sums = p.target_logits + p.N;
+  run(p, Pass::statistics, logits.scalar_type());
+  return statistics;
+}
+
+// lse, scale: (N,). lse is that of the whole rows, and so is all_classes.
+void write_shard_gradient(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& scale,
+                          std::int64_t all_classes, std::int64_t ignore_index, double label_smoothing, double z_loss,
+                          double softcap, const Tensor& gradient, bool stream) {
+  Problem p = make_problem(logits, targets, ignore_index, label_smoothing, z_loss, softcap, true);
+  const ScalarType out = p.float64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == p.N && scale.scalar_type() == out,
+                  "cross_entropy_shard_gradient: scale must be (N,) of the loss's type");
+  STD_TORCH_CHECK(lse.dim() == 1 && lse.size(0) == p.N && lse.scalar_type() == ScalarType::Double && lse.is_contiguous(),
+                  "cross_entropy_shard_gradient: lse must be (N,) contiguous float64");
+  p.all_classes = all_classes;
+  p.lse = static_cast<double*>(lse.data_ptr());
+  p.row_scales = scale.const_data_ptr();
+  p.row_scales_stride = scale.stride(0);
+  p.gradient = gradient.mutable_data_ptr();
+  p.stream = stream;
+  run(p, Pass::backward, logits.scalar_type());
+}
+
+Tensor cross_entropy_shard_gradient(const Tensor& logits, const Tensor& targets, const Tensor& lse, const Tensor& scale,
+                                    std::int64_t all_classes, std::int64_t ignore_index, double label_smoothing,
+                                    double z_loss, double softcap) {
+  Tensor gradient = empty_on_huge_pages(logits, logits.size(0), logits.size(1));
+  write_shard_gradient(logits, targets, lse, scale, all_classes, ignore_index, label_smoothing, z_loss, softcap, gradient,
+                       larger_than_caches(gradient));
+  return gradient;
+}
+
+void cross_entropy_shard_gradient_(Tensor logits, const Tensor& targets, const Tensor& lse, const Tensor& scale,
+                                   std::int64_t all_classes, std::int64_t ignore_index, double label_smoothing,
+                                   double z_loss, double softcap) {
+  STD_TORCH_CHECK(logits.is_contiguous(), "cross_entropy_shard_gradient_: logits must be contiguous");
+  write_shard_gradient(logits, targets, lse, scale, all_classes, ignore_index, label_smoothing, z_loss, softcap, logits,
+                       false);
+}
+
 }  // namespace
 }  // namespace fasttrain
 
@@ -232,4 +285,7 @@ STABLE_TORCH_LIBRARY_IMPL(fasttrain, CPU, m) {
   m.impl("cross_entropy_fused", TORCH_BOX(&fasttrain::cross_entropy_fused));
   m.impl("cross_entropy_fused_", TORCH_BOX(&fasttrain::cross_entropy_fused_));
   m.impl("cross_entropy_backward", TORCH_BOX(&fasttrain::cross_entropy_backward));
+  m.impl("cross_entropy_shard_statistics", TORCH_BOX(&fasttrain::cross_entropy_shard_statistics));
+  m.impl("cross_entropy_shard_gradient", TORCH_BOX(&fasttrain::cross_entropy_shard_gradient));
+  m.impl("cross_entropy_shard_gradient_", TORCH_BOX(&fasttrain::cross_entropy_shard_gradient_));
 }

@@ -174,7 +174,7 @@ struct GradientWriter {
   const double* reference;
   double lse, scale;
   V vshift, vlse, factor;
-  T *target, target_gradient;
+  T *target, target_gradient;  // target: null where it is another shard's
   std::int64_t block = 0, next = 0, end = 0;  // the open block's rest is [next, end)
 
   V value(std::int64_t i, int k) const {
@@ -214,7 +214,7 @@ struct GradientWriter {
   }
   void finish() {
     while (open()) close();
-    *target = target_gradient;
+    if (target != nullptr) *target = target_gradient;
   }
 };
 
@@ -251,6 +251,8 @@ struct RowKernel {
   T* gradient(std::int64_t row) const { return static_cast<T*>(problem.gradient) + row * problem.V; }
   std::int64_t peel(std::int64_t row) const { return problem.stream ? peel_to_alignment<V>(gradient(row), problem.V) : 0; }
 
+  bool holds_target(std::int64_t row) const { return problem.targets[row] >= 0 && problem.targets[row] < problem.V; }
+
   // By the same instructions as in the sums, so that one class alone costs exactly 0.
   double capped(const T* x) const {
     if constexpr (!kSoftcap) return element(x);
@@ -261,13 +263,13 @@ struct RowKernel {
   double loss(double lse, double gap, double sum) const {
     const double smoothing = problem.label_smoothing;
     double value = (1 - smoothing) * -gap + problem.z_loss * lse * lse;
-    if (smoothing > 0) value += smoothing * (lse - sum / static_cast<double>(problem.V));
+    if (smoothing > 0) value += smoothing * (lse - sum / static_cast<double>(problem.all_classes));
     return value;
   }
 
   T target_gradient(const Summary& s, double row_scale) const {
     const double smoothing = problem.label_smoothing;
-    double value = -s.rest + 2 * problem.z_loss * s.lse * (1 - s.rest) + smoothing - smoothing / static_cast<double>(problem.V);
+    double value = -s.rest + 2 * problem.z_loss * s.lse * (1 - s.rest) + smoothing - smoothing / static_cast<double>(problem.all_classes);
     if (kSoftcap) { const double t = std::tanh(s.logit_y / problem.softcap); value *= 1 - t * t; }
     return element_from<T>(row_scale * value);
   }
@@ -299,12 +301,14 @@ struct RowKernel {
   template <bool kStream, bool kFromExps>
   Writer<kStream, kFromExps> writer(std::int64_t row, const Summary& s, const Scratch* scratch) const {
     const double row_scale = problem.row_scale(row);
-    const double shift = row_scale * problem.label_smoothing / static_cast<double>(problem.V);
+    const double shift = row_scale * problem.label_smoothing / static_cast<double>(problem.all_classes);
     T* g = gradient(row);
+    const bool here = holds_target(row);
     return {g, logits(row), problem.V, peel(row), softcap,
             kFromExps ? static_cast<const real*>(scratch->exps) : nullptr, kFromExps ? scratch->reference.data() : nullptr,
             s.lse, row_scale * (1 + 2 * problem.z_loss * s.lse), V::set(static_cast<real>(shift)),
-            V::set(static_cast<real>(s.lse)), V::set(0), g + problem.targets[row], target_gradient(s, row_scale)};
+            V::set(static_cast<real>(s.lse)), V::set(0), here ? g + problem.targets[row] : nullptr,
+            here ? target_gradient(s, row_scale) : T{}};
   }
 
   void forward(RowQueue& queue) const {
@@ -338,9 +342,30 @@ struct RowKernel {
   void backward(RowQueue& queue) const {
     queue.each([&](std::int64_t row) {
       if (ignored(row, true)) return;
-      const T* target = logits(row) + problem.targets[row];
       const double lse = problem.lse[row];
+      if (!holds_target(row)) return writer<kStream, false>(row, {lse, 0, 0}, nullptr).finish();
+      const T* target = logits(row) + problem.targets[row];
       writer<kStream, false>(row, {lse, element(target), -std::expm1(capped(target) - lse)}, nullptr).finish();
+    });
+  }
+
+  // What a shard knows of its rows. Unlike a whole row, a shard may be all -inf: its log-sum-exp is then -inf, not NaN.
+  void statistics(RowQueue& queue) const {
+    NoWriter nothing;
+    queue.each([&](std::int64_t row) {
+      problem.lse[row] = problem.target_logits[row] = problem.logit_sums[row] = 0;
+      if (ignored(row, false)) return;
+      const T* x = logits(row);
+      const bool here = holds_target(row);
+      const std::int64_t y = here ? problem.targets[row] : -1;
+      const RowStats stats = problem.label_smoothing > 0
+          ? reduce_row<V, kSoftcap, true, false>(x, problem.V, y, 0, softcap, nullptr, nullptr, nothing)
+          : reduce_row<V, kSoftcap, false, false>(x, problem.V, y, 0, softcap, nullptr, nullptr, nothing);
+      const double x_y = here ? capped(x + y) : 0;
+      const double e_y = !here || x_y == -std::numeric_limits<double>::infinity() ? 0 : std::exp(x_y - stats.max);
+      problem.lse[row] = stats.max + std::log(stats.sum_rest + e_y);
+      problem.target_logits[row] = x_y;
+      if (problem.label_smoothing > 0) problem.logit_sums[row] = stats.sum_x + x_y;
     });
   }
 };
@@ -350,6 +375,7 @@ void run_rows(const Problem& problem, Pass pass, RowQueue& queue) {
   static thread_local Scratch scratch[2];  // one row each; kept, since a fresh one costs its page faults again
   auto run = [&](const auto& kernel) {
     if (pass == Pass::forward) kernel.forward(queue);
+    else if (pass == Pass::statistics) kernel.statistics(queue);
     else if (pass == Pass::fused && problem.stream) kernel.template fused<true>(queue, scratch);
     else if (pass == Pass::fused) kernel.template fused<false>(queue, scratch);
     else if (problem.stream) kernel.template backward<true>(queue);

@@ -320,15 +320,16 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor, *, ignore_index: int,
 
 
 def cross_entropy_backward(grad_losses: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *, ignore_index: int,
-                           label_smoothing: float, z_loss: float, softcap: float) -> Tensor:
+                           label_smoothing: float, z_loss: float, softcap: float, out: Tensor | None = None) -> Tensor:
     """Gradient (N, V) of sum(grad_losses * losses) in the logits' dtype; `grad_losses` (N,) float32, any stride.
+    `out`: contiguous, and the logits themselves if wanted.
 
     With p = exp(x - lse): (p * (1 + 2 * z_loss * lse) - ls / V - (1 - ls) * [i == y]) * grad_losses, times the
     softcap's derivative 1 - (x / softcap)^2. Formed in float32 and rounded once. Reads the logits once.
     """
     logits = _checked(logits, targets)
     num_rows, num_classes = logits.shape
-    grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device)
+    grads = torch.empty((num_rows, num_classes), dtype=logits.dtype, device=logits.device) if out is None else out
     if num_rows:
         shape = streaming_shape(num_classes, logits.element_size(), aligned=_aligned(logits))
         with torch.cuda.device_of(logits):
