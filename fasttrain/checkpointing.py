@@ -45,19 +45,19 @@ from fasttrain.storage import (
     require_space,
     retire,
     serialized,
+    size_of,
     sync_directory,
     write_file,
 )
-from fasttrain.tensorfile import layout
-from fasttrain.treefiles import describe, naming_file, read_tree, write_trees
+from fasttrain.treefiles import describe, naming_file, read_tree, take_tree, write_trees
 from fasttrain.trees import (
     JSON,
     MAX_JSON_BYTES,
+    ReadBudget,
     Tree,
     dump_json,
     flatten_tree,
     iter_tensors,
-    parse_json,
     transform_tensors,
 )
 
@@ -77,6 +77,8 @@ class Snapshot:
     """Trees ready to be written: JSON text and tensors by tree name."""
 
     trees: Mapping[str, tuple[bytes, Mapping[str, Tensor]]]
+    budget: ReadBudget
+    """What is left for the manifest when it is read."""
 
     @property
     def num_bytes(self) -> int:
@@ -103,15 +105,17 @@ def save_checkpoint(root: Path | str, step: int, trees: Mapping[str, Tree], *, m
 def snapshot_trees(trees: Mapping[str, Tree]) -> Snapshot:
     """Takes everything but the tensors' bytes (`saver.Arena.copy` takes these too)."""
     taken: dict[str, tuple[bytes, Mapping[str, Tensor]]] = {}
+    budget = ReadBudget(0)
     for name, tree in trees.items():
         if not is_tree_name(name):
             raise ValueError(f"a tree is named {name!r}; use lower-case letters, digits and '_', and not 'manifest'")
         structure, tensors = flatten_tree(tree, name)
-        text = dump_json(structure)
-        parse_json(text, f"tree {name!r}")  # the reader's limits: what could not be read back is not written
-        layout(tensors, f"tree {name!r}")
-        taken[name] = (text, tensors)
-    return Snapshot(taken)
+        taken[name] = (dump_json(structure), tensors)
+    snapshot = Snapshot(taken, budget)
+    budget.left = ReadBudget.of_size(snapshot.num_bytes).left
+    for name, parts in taken.items():
+        take_tree(budget, name, *parts)  # the reader's limits: what could not be read back is not written
+    return snapshot
 
 
 def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata: Mapping[str, JSON]) -> Path:
@@ -121,7 +125,7 @@ def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata:
     parents = [_step_of(path) for path in list_checkpoints(root) if _step_of(path) < step]
     draft = Manifest(step, parents[-1] if parents else None, {}, metadata, _library_versions())
     sealed = seal_manifest(draft)  # metadata that cannot be written, or read back, fails before anything is written
-    open_manifest(sealed)
+    open_manifest(sealed, replace(snapshot.budget))
     make_directory(root)
     _collect(root)
     needed = snapshot.num_bytes + len(sealed) + sum(
@@ -130,7 +134,9 @@ def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata:
     with private_directory(root, needed) as private:
         with open_directory(private) as directory:
             trees = write_trees(directory, snapshot.trees)
-            write_file(directory, MANIFEST_NAME, [seal_manifest(replace(draft, trees=trees))])
+            sealed = seal_manifest(replace(draft, trees=trees))
+            replace(snapshot.budget).take_text(sealed, MANIFEST_NAME, trees=2)
+            write_file(directory, MANIFEST_NAME, [sealed])
             os.fsync(directory)
         with serialized(root):
             _publish(private, final)
@@ -148,13 +154,13 @@ def load_checkpoint(path: Path | str, names: Iterable[str] | None = None, *,
         CheckpointError: damaged, incomplete or hostile; names the file and, where it can be told, the tensor.
         ValueError: a name that the checkpoint does not have.
     """
-    with _opened(Path(path)) as (directory, manifest):
+    with _opened(Path(path)) as (directory, manifest, budget):
         wanted = list(manifest.trees) if names is None else list(names)
         for name in wanted:
             if name not in manifest.trees:
                 raise ValueError(f"{str(path)!r} has no tree {name!r}; it has {sorted(manifest.trees)}")
         with _naming(Path(path)):
-            trees = {name: read_tree(directory, name, manifest.trees[name]) for name in wanted}
+            trees = {name: read_tree(directory, name, manifest.trees[name], budget) for name in wanted}
     device = torch.device(map_location)
     return trees if device.type == "cpu" else {
         name: transform_tensors(tree, lambda tensor: tensor.to(device)) for name, tree in trees.items()}
@@ -184,7 +190,7 @@ def load_into(path: Path | str, name: str, target: Tree) -> None:
 
 def read_manifest(path: Path | str) -> Manifest:
     """The manifest of a checkpoint, its own seal verified but not the files'. Raises CheckpointError."""
-    with _opened(Path(path)) as (_, manifest):
+    with _opened(Path(path)) as (_, manifest, _):
         return manifest
 
 
@@ -195,10 +201,10 @@ def verify_checkpoint(path: Path | str, *, from_disk: bool = False) -> list[str]
     """
     problems = []
     try:
-        with _opened(Path(path)) as (directory, manifest):
+        with _opened(Path(path)) as (directory, manifest, budget):
             for name, entry in manifest.trees.items():
                 try:
-                    read_tree(directory, name, entry, from_disk=from_disk)
+                    read_tree(directory, name, entry, budget, from_disk=from_disk)
                 except (ValueError, OSError) as error:
                     problems.append(describe(error))
     except CheckpointError as error:
@@ -237,16 +243,17 @@ def latest_checkpoint(root: Path | str, *, log: Callable[[str], None]) -> Path |
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, Manifest]]:
+def _opened(path: Path) -> Iterator[tuple[int, Manifest, ReadBudget]]:
     with contextlib.ExitStack() as stack:
         with _naming(path):
             directory = stack.enter_context(open_directory(path, follow=True))
+            budget = ReadBudget.of_size(size_of(directory))
             with naming_file(MANIFEST_NAME), open_regular(directory, MANIFEST_NAME) as descriptor:
-                manifest = open_manifest(read_all(descriptor, MAX_JSON_BYTES))
+                manifest = open_manifest(read_all(descriptor, MAX_JSON_BYTES), budget)
             named = parse_step_name(path.resolve().name)
             if named is not None and named[0] != manifest.step:
                 raise ValueError(f"its manifest is that of step {manifest.step}: the directory was renamed or swapped")
-        yield directory, manifest
+        yield directory, manifest, budget
 
 
 @contextlib.contextmanager

@@ -219,7 +219,7 @@ class Export:
     out: Path
     """The file, or the folder."""
     to: ExportFormat = "safetensors"
-    """safetensors: the weights alone. hf: config.json, weights, tokenizer; of a model that came from Hugging Face."""
+    """safetensors: the weights alone. hf: config.json, weights, tokenizer: a Hugging Face model or our GPT."""
 
     def run(self) -> int:
         print(f"written to {export_checkpoint(newest_of(self.directory), self.out, self.to)}")

@@ -13,7 +13,7 @@ import errno
 import mmap
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ class Arena:
                 copies[key] = self._place(tensor, start)
                 start += _padded(tensor.nbytes)
             trees[name] = (text, copies)
-        return Snapshot(trees)
+        return replace(snapshot, trees=trees)
 
     def _place(self, tensor: Tensor, start: int) -> Tensor:
         if not tensor.numel():

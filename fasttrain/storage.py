@@ -23,15 +23,15 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-CHUNK = 4 * 2**20  # bytes hashed and written at a time
+CHUNK = 2**20  # bytes hashed and written at a time
 SMALL = 2**18  # bytes hashed without a thread: below it one costs more than it saves
-FLUSH = 32 * 2**20  # bytes after which the disk is set to work
+BEHIND = 256 * 2**20  # bytes by which hashing may lag behind writing
 FOREIGN_ORPHAN_SECONDS = 24 * 3600.0  # private directories of another host or container are left alone this long
 
 _PRIVATE = re.compile(r"\.inflight-(\d+)-(\d+)-([0-9a-f]{8})-[0-9a-f]{12}", re.ASCII)
@@ -113,6 +113,13 @@ def read_all(descriptor: int, max_bytes: int) -> bytes:
     return b"".join(_chunks(descriptor, 0, size))
 
 
+def size_of(directory: int) -> int:
+    """Bytes in the regular files of an open directory, links not followed."""
+    with os.scandir(directory) as entries:
+        files = (entry for entry in entries if entry.is_file(follow_symlinks=False))
+        return sum(file.stat(follow_symlinks=False).st_size for file in files)
+
+
 def hash_range(descriptor: int, start: int, end: int) -> str:
     """SHA-256 (hex) of the bytes [start, end), or of those that exist."""
     digest = hashlib.sha256()
@@ -139,80 +146,66 @@ def checksum_range(descriptor: int, start: int, end: int) -> int:
     return sum(map(checksum, _chunks(descriptor, start, end))) % 2**64
 
 
-def write_file(directory: int, name: str, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+def write_file(directory: int, name: str, pieces: Iterable[bytes | memoryview],
+               turn: AbstractContextManager[object] | None = None) -> tuple[int, str]:
     """Creates `name` in `directory`, writes the pieces, and fsyncs. Returns (size in bytes, SHA-256 in hex).
 
     The digest is taken of the very bytes that are handed to the kernel, by a second thread meanwhile: hashing and
-    writing cost about the same, and neither holds the interpreter's lock. A third one of large files has the disk work
-    from the beginning, not from the last byte on.
+    writing cost about the same, and neither holds the interpreter's lock. The fsync waits for no hash. `turn` is held
+    while bytes are handed over: of several files that share a lock, one is written while the one before is still hashed
+    and fsynced.
     """
-    digest, size, flushed = hashlib.sha256(), 0, 0
+    digest, size = _HashBehind(), 0
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(name, flags, 0o666, dir_fd=directory)
     try:
-        with _Behind("hash", digest.update) as hasher, _Behind("flush", lambda _: os.fdatasync(descriptor)) as flusher:
-            for piece in pieces:
-                view = memoryview(piece)
-                for start in range(0, len(view), CHUNK):
-                    chunk = view[start:start + CHUNK]
-                    if len(chunk) < SMALL:
-                        hasher.wait()
-                        digest.update(chunk)
-                    else:
-                        hasher.give(chunk)
-                    size += len(chunk)
-                    while chunk:  # a write may be short, on a full disk or a signal
-                        chunk = chunk[os.write(descriptor, chunk):]
-                    if size >= flushed + FLUSH:
-                        flushed = size
-                        flusher.give(None)
-        os.fsync(descriptor)
+        with turn or nullcontext():
+            for chunk in _cut(pieces):
+                digest.update(chunk)
+                size += len(chunk)
+                while chunk:  # a write may be short, on a full disk or a signal
+                    chunk = chunk[os.write(descriptor, chunk):]
+        os.fsync(descriptor)  # not earlier, bit by bit: that was slower, by what each commit of a journal costs
     finally:
+        sha256 = digest.finish()
         os.close(descriptor)
-    return size, digest.hexdigest()
+    return size, sha256
 
 
-class _Behind:
-    """Calls `work(item)` for each item given, in order, on a thread that starts with the first one."""
+def _cut(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    for piece in pieces:
+        view = memoryview(piece)
+        yield from (view[start:start + CHUNK] for start in range(0, len(view), CHUNK))
 
-    def __init__(self, name: str, work: Callable[[Any], object]) -> None:
-        self._name, self._work = name, work
-        self._queue: queue.Queue[tuple[Any] | None] = queue.Queue(4)
+
+class _HashBehind:
+    """SHA-256 of the chunks given, in order, on a thread of its own from the first large one on."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(BEHIND // CHUNK)
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
 
-    def __enter__(self) -> _Behind:
-        return self
-
-    def give(self, item: Any) -> None:
+    def update(self, chunk: memoryview) -> None:
+        if self._thread is None and len(chunk) < SMALL:
+            self._digest.update(chunk)
+            return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"fasttrain-{self._name}", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="fasttrain-hash", daemon=True)
             self._thread.start()
-        self._queue.put((item,))
+        self._queue.put(chunk)
 
-    def wait(self) -> None:
-        """Until everything given is done. Raises what `work` raised."""
+    def _run(self) -> None:
+        while (chunk := self._queue.get()) is not None:
+            self._digest.update(chunk)
+
+    def finish(self) -> str:
+        """The digest in hex, once everything given is in it."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                if self._error is None:
-                    self._work(*item)
-            except BaseException as error:  # not swallowed: a failed flush is told once, and the next one succeeds
-                self._error = error
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is None:
-            self.wait()
-        else:
-            with contextlib.suppress(OSError):  # another error is on its way
-                self.wait()
+        return self._digest.hexdigest()
 
 
 def make_directory(path: Path) -> None:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fasttrain.trees import JSON, dump_json, is_tensor_name, parse_json
+from fasttrain.trees import JSON, ReadBudget, dump_json, is_tensor_name, parse_json
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 64
 MAX_SIZE = 2**53  # of a dimension or an offset
+TENSOR_BYTES = 1024  # of memory for a tensor's objects, beside its elements
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -33,7 +34,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Where one tensor lies: bytes [start, end) of the whole file."""
 
@@ -82,7 +83,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def parse_header(prefix: bytes, file_size: int, what: str) -> dict[str, TensorSpec]:
+def parse_header(prefix: bytes, file_size: int, what: str, budget: ReadBudget | None = None) -> dict[str, TensorSpec]:
     """Reads length and header; `prefix` holds at least the file's first bytes up to the header's end (or its whole).
 
     Every tensor must fit its dtype and shape, and together they must cover the rest of the file in order: no gap, no
@@ -90,14 +91,16 @@ def parse_header(prefix: bytes, file_size: int, what: str) -> dict[str, TensorSp
     """
     length = header_length(prefix, file_size, what)
     text = prefix[8:8 + length]
+    budget = budget or ReadBudget.of_size(file_size)
     if text.count(b"{") > MAX_TENSORS + 2:  # before the parser builds a table of them
         raise ValueError(f"{what}: {text.count(b'{')} tables in the header; at most {MAX_TENSORS} tensors are read")
-    header = parse_json(text, f"{what}: header", max_bytes=MAX_HEADER_BYTES)
+    header = parse_json(text, f"{what}: header", max_bytes=MAX_HEADER_BYTES, budget=budget)
     if not isinstance(header, dict):
         raise ValueError(f"{what}: the header is not a table")
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{what}: {len(header)} tensors; at most {MAX_TENSORS} are read")
+    budget.take(len(header) * TENSOR_BYTES, what)
     specs = {name: _parse_spec(name, entry, 8 + length, what) for name, entry in header.items()}
     position = 8 + length
     for name, spec in sorted(specs.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -118,7 +121,7 @@ def header_length(prefix: bytes, file_size: int, what: str) -> int:
     return length
 
 
-def map_tensors(descriptor: int, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:
+def map_tensors(descriptor: int, specs: Mapping[str, TensorSpec], budget: ReadBudget) -> Iterator[tuple[str, Tensor]]:
     """The tensors, backed by a private mapping of the file: read when touched, writable, and never written back.
 
     They outlive the file's name (the mapping holds the inode): a checkpoint may be pruned while its tensors are in use.
@@ -131,8 +134,9 @@ def map_tensors(descriptor: int, specs: Mapping[str, TensorSpec]) -> Iterator[tu
             continue
         raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=spec.start, count=spec.end - spec.start)
         if raw.data_ptr() % dtype.itemsize:
+            budget.take(len(raw), f"tensor {name!r}")
             raw = raw.clone()  # not one of our files: their tensors are aligned
-        if dtype is torch.bool and bool((raw > 1).any()):
+        if dtype is torch.bool and int(raw.max()) > 1:
             raise ValueError(f"tensor {name!r} is bool but holds a byte that is neither 0 nor 1")
         yield name, raw.view(dtype).reshape(spec.shape)
 

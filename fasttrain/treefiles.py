@@ -11,66 +11,93 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
 from fasttrain.manifest import FileEntry, TensorEntry, TreeEntry, structure_file, tensor_file
-from fasttrain.storage import checksum, checksum_range, hash_range, open_regular, read_all, write_file
-from fasttrain.tensorfile import TensorSpec, header_length, layout, map_tensors, parse_header, tensor_bytes
-from fasttrain.trees import MAX_JSON_BYTES, Tree, parse_json, unflatten_tree
+from fasttrain.storage import CHUNK, checksum, checksum_range, hash_range, open_regular, read_all, write_file
+from fasttrain.tensorfile import (
+    TENSOR_BYTES,
+    TensorSpec,
+    header_length,
+    layout,
+    map_tensors,
+    parse_header,
+    tensor_bytes,
+)
+from fasttrain.trees import MAX_JSON_BYTES, ReadBudget, Tree, parse_json, unflatten_tree
 
 PARALLEL_BYTES = 8 * 2**20
 
 
 def write_trees(directory: int, trees: Mapping[str, tuple[bytes, Mapping[str, Tensor]]]) -> dict[str, TreeEntry]:
-    """`write_tree` for each; from `PARALLEL_BYTES` on all at once, since one core hashes slower than a disk writes."""
-    size = sum(tensor.nbytes for _, tensors in trees.values() for tensor in tensors.values())
-    if size < PARALLEL_BYTES or len(trees) == 1:
-        return {name: write_tree(directory, name, *parts) for name, parts in trees.items()}
-    entries: dict[str, TreeEntry] = {}
+    """Writes and fsyncs the files of each tree in `directory`; returns their entries for the manifest.
+
+    From `PARALLEL_BYTES` on, all tensor files are hashed at once, each on a core, as one hashes slower than a disk
+    writes; they are written one after the other, so that the largest, which comes first, is never hashed late.
+    The small files go before: an fsync beside a large file in the making waits for that file's blocks, too.
+    """
+    structures = {name: FileEntry(*write_file(directory, structure_file(name), [text]))
+                  for name, (text, _) in trees.items()}
+    sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, (_, tensors) in trees.items() if tensors}
+    tables: dict[str, tuple[FileEntry, dict[str, TensorEntry]]] = {}
     errors: list[BaseException] = []
+    turn = threading.Lock()
 
     def write(name: str) -> None:
         try:
-            entries[name] = write_tree(directory, name, *trees[name])
+            tables[name] = write_tensors(directory, name, trees[name][1], turn)
         except BaseException as error:  # not swallowed: raised below
             errors.append(error)
 
-    # Daemons, and no executor: a process that is told to leave at once must not wait for them.
-    threads = [threading.Thread(target=write, args=(name,), name=f"fasttrain-write-{name}", daemon=True)
-               for name in trees]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    if sum(sizes.values()) < PARALLEL_BYTES or len(sizes) == 1:
+        tables = {name: write_tensors(directory, name, trees[name][1]) for name in sizes}
+    else:
+        # Daemons, and no executor: a process that is told to leave at once must not wait for them.
+        threads = [threading.Thread(target=write, args=(name,), name=f"fasttrain-write-{name}", daemon=True)
+                   for name in sorted(sizes, key=lambda name: -sizes[name])]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[0]
-    return {name: entries[name] for name in trees}
+    return {name: TreeEntry(structures[name], *(tables[name] if name in sizes else (None, {}))) for name in trees}
 
 
-def write_tree(directory: int, name: str, text: bytes, tensors: Mapping[str, Tensor]) -> TreeEntry:
-    """Writes and fsyncs the files of tree `name` in `directory`; returns their entry for the manifest.
+def write_tensors(directory: int, name: str, tensors: Mapping[str, Tensor],
+                  turn: AbstractContextManager[object] | None = None) -> tuple[FileEntry, dict[str, TensorEntry]]:
+    """Writes and fsyncs the tensor file of tree `name`; returns its entry and that of each tensor.
 
     The file's SHA-256 is what loading checks (and `sha256sum` prints). Each tensor's checksum only tells which one is
-    damaged, or differs from another checkpoint's: a second SHA-256 would cost more than the write.
+    damaged, or differs from another checkpoint's (manifest.py says why it is no second SHA-256).
     """
-    structure = FileEntry(*write_file(directory, structure_file(name), [text]))
-    if not tensors:
-        return TreeEntry(structure, None, {})
     header, specs = layout(tensors, name)
     entries: dict[str, TensorEntry] = {}
 
     def pieces() -> Iterator[bytes | memoryview]:
         yield header
         for key, spec in specs.items():  # one tensor at a time: a copy to the CPU lives no longer than its write
-            view = tensor_bytes(tensors[key])
-            entries[key] = TensorEntry(spec.dtype, spec.shape, f"{checksum(view):016x}")
-            yield view
+            view, total = tensor_bytes(tensors[key]), 0
+            for start in range(0, len(view), CHUNK):
+                chunk = view[start:start + CHUNK]
+                yield chunk
+                total += checksum(chunk)  # of bytes that writing has just brought into the cache
+            entries[key] = TensorEntry(spec.dtype, spec.shape, f"{total % 2**64:016x}")
 
-    return TreeEntry(structure, FileEntry(*write_file(directory, tensor_file(name), pieces())), entries)
+    return FileEntry(*write_file(directory, tensor_file(name), pieces(), turn)), entries
 
 
-def read_tree(directory: int, name: str, entry: TreeEntry, *, from_disk: bool = False) -> Tree:
+def take_tree(budget: ReadBudget, name: str, text: bytes, tensors: Mapping[str, Tensor]) -> None:
+    """Takes from `budget` what `read_tree` would: a tree that could not be read back raises ValueError."""
+    parse_json(text, f"tree {name!r}", budget=budget, trees=1)
+    header, specs = layout(tensors, f"tree {name!r}")
+    budget.take_text(header[8:], f"tree {name!r}: header")
+    budget.take(len(specs) * TENSOR_BYTES, f"tree {name!r}")
+
+
+def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *, from_disk: bool = False) -> Tree:
     """The tree `name` once its files are those that `entry` describes; ValueError or OSError says which is not.
 
     Hashing, header and mapping use one descriptor, so the file that was verified is the file that is used.
@@ -81,7 +108,7 @@ def read_tree(directory: int, name: str, entry: TreeEntry, *, from_disk: bool = 
         text = read_all(descriptor, MAX_JSON_BYTES)
         if hashlib.sha256(text).hexdigest() != entry.structure.sha256:
             raise ValueError("its SHA-256 is not the manifest's")
-    structure = parse_json(text, file)
+    structure = parse_json(text, file, budget=budget, trees=1)
     if entry.tensor_file is None:
         return unflatten_tree(structure, {}, name)
     file = tensor_file(name)
@@ -90,24 +117,24 @@ def read_tree(directory: int, name: str, entry: TreeEntry, *, from_disk: bool = 
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         if hash_range(descriptor, 0, entry.tensor_file.size) != entry.tensor_file.sha256:
-            raise ValueError(f"its SHA-256 is not the manifest's; {_locate_damage(descriptor, entry)}")
-        specs = read_header(descriptor, entry.tensor_file.size)
+            raise ValueError(f"its SHA-256 is not the manifest's; {_locate_damage(descriptor, entry, budget)}")
+        specs = read_header(descriptor, entry.tensor_file.size, budget)
         listed = {key: (item.dtype, item.shape) for key, item in entry.tensors.items()}
         if {key: (spec.dtype, spec.shape) for key, spec in specs.items()} != listed:
             raise ValueError("its tensors are not those that the manifest lists")
-        tensors = dict(map_tensors(descriptor, specs))
+        tensors = dict(map_tensors(descriptor, specs, budget))
     return unflatten_tree(structure, tensors, name)
 
 
-def read_header(descriptor: int, size: int) -> dict[str, TensorSpec]:
+def read_header(descriptor: int, size: int, budget: ReadBudget) -> dict[str, TensorSpec]:
     """Each tensor's place in an open safetensors file of `size` bytes, by the rules of `parse_header`."""
     length = header_length(os.pread(descriptor, 8, 0), size, "header")
-    return parse_header(os.pread(descriptor, 8 + length, 0), size, "header")
+    return parse_header(os.pread(descriptor, 8 + length, 0), size, "header", budget)
 
 
-def _locate_damage(descriptor: int, entry: TreeEntry) -> str:
+def _locate_damage(descriptor: int, entry: TreeEntry, budget: ReadBudget) -> str:
     try:
-        specs = read_header(descriptor, os.fstat(descriptor).st_size)
+        specs = read_header(descriptor, os.fstat(descriptor).st_size, budget)
     except ValueError as error:
         return str(error)
     bad = [key for key, spec in specs.items()

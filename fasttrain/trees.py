@@ -14,6 +14,7 @@ import re
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -25,7 +26,8 @@ Tree: TypeAlias = Any
 
 MAX_DEPTH = 64  # levels of a tree; far above any optimizer state, far below the interpreter's recursion limit
 MAX_JSON_BYTES = 64 * 2**20
-MAX_JSON_NODES = 4_000_000  # bounds what parsing may allocate: a few hundred MB at worst
+FREE_BYTES = 64 * 2**20  # of memory that reading a checkpoint may take whatever its size
+NODE_BYTES = 96  # of memory at worst for a value of JSON, parsed, and as much again for its place in a tree
 MAX_INT_DIGITS = 100  # 128-bit generator states fit; the quadratic cost of int() on megabytes of digits does not
 MAX_NAME = 512
 
@@ -38,6 +40,34 @@ _HINTS: Mapping[type, str] = {
     torch.device: "store str(device)",
     set: "store a sorted list",
 }
+
+
+@dataclass
+class ReadBudget:
+    """What reading one checkpoint may still take in memory, in bytes, beside the pages of its mapped tensors: at first
+    its size and 64 MiB. So it never takes more than twice its size and 64 MiB, whoever made it.
+
+    Each reader takes what its text can cost at worst before it parses it; ValueError where that is too much.
+    """
+
+    left: int
+
+    @classmethod
+    def of_size(cls, num_bytes: int) -> ReadBudget:
+        return cls(num_bytes + FREE_BYTES)
+
+    def take(self, num_bytes: int, what: str) -> None:
+        self.left -= num_bytes
+        if self.left < 0:
+            raise ValueError(f"{what}: reading it might take over twice the checkpoint's size and "
+                             f"{FREE_BYTES >> 20} MiB of memory; keep long lists in tensors")
+
+    def take_text(self, data: bytes, what: str, *, trees: int = 0) -> None:
+        """JSON, parsed, and `trees` copies of its structure."""
+        nodes = sum(map(data.count, (b"{", b"[", b",", b":")))
+        # The bytes, their text, its strings; escapes make these from pieces, and one wide letter makes all of it wide.
+        copies = 3 if data.isascii() and b"\\" not in data else 4 if data.isascii() and b"\\u" not in data else 14
+        self.take(len(data) * copies + nodes * NODE_BYTES * (1 + trees), what)
 
 
 def is_tensor_name(name: object) -> bool:
@@ -171,17 +201,18 @@ def dump_json(value: JSON) -> bytes:
     return json.dumps(value, allow_nan=False, ensure_ascii=True, separators=(",", ":")).encode("ascii")
 
 
-def parse_json(data: bytes, what: str, *, max_bytes: int = MAX_JSON_BYTES) -> JSON:
-    """Reads JSON that anyone may have written; `what` names it in errors.
+def parse_json(data: bytes, what: str, *, max_bytes: int = MAX_JSON_BYTES, budget: ReadBudget | None = None,
+               trees: int = 0) -> JSON:
+    """Reads JSON that anyone may have written; `what` names it in errors. See ReadBudget for `budget` (None: the
+    text's own) and `trees`.
 
-    Raises ValueError for anything beyond the limits on bytes, nodes and digits, for duplicate keys, for numbers that
+    Raises ValueError for anything beyond the limits on bytes, memory and digits, for duplicate keys, for numbers that
     are not finite, for nesting beyond the interpreter's limit and for text that is not UTF-8 JSON.
     """
     if len(data) > max_bytes:
         raise ValueError(f"{what}: {len(data)} bytes of JSON; at most {max_bytes} are read")
     # Counted in the raw bytes, before the parser turns two of them into a hundred.
-    if sum(map(data.count, (b"{", b"[", b",", b":"))) > MAX_JSON_NODES:
-        raise ValueError(f"{what}: over {MAX_JSON_NODES} JSON values; keep long lists in tensors")
+    (budget or ReadBudget.of_size(len(data))).take_text(data, f"{what} (JSON)", trees=trees)
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant,
                           parse_int=_short_int, parse_float=_finite_float)

@@ -217,7 +217,7 @@ def test_bad_names_steps_and_metadata_are_refused_before_anything_is_written(tmp
 
 def test_what_the_reader_would_refuse_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasttrain.tensorfile.MAX_TENSORS", 5)
-    monkeypatch.setattr("fasttrain.trees.MAX_JSON_NODES", 50)
+    monkeypatch.setattr("fasttrain.trees.FREE_BYTES", 10_000)
     with pytest.raises(ValueError, match="'model' holds 6 tensors"):
         save_checkpoint(tmp_path, 1, {"model": [torch.zeros(i) for i in range(6)]}, metadata={})
     with pytest.raises(ValueError, match=r"'data'.*keep long lists in tensors"):

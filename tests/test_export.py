@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import one_thread, tiny_gpt, tiny_trainer, tokens  # noqa: F401
+from tiny_runs import Bigram, one_thread, tiny_gpt, tiny_trainer, tokens  # noqa: F401
 
 from fasttrain import cli
 from fasttrain.checkpointing import CheckpointError
 from fasttrain.config import TrainConfig, to_dict
 from fasttrain.export import describe_checkpoint, export_checkpoint, load_weights, newest_of
+from fasttrain.models.gpt import GPT, GPTConfig
 from fasttrain.resume_rules import RULES, compare_configs
 from fasttrain.trainer import Trainer
 
@@ -30,9 +31,32 @@ def test_exported_weights_are_the_models_and_load_into_a_fresh_one(tmp_path: Pat
     assert all(torch.equal(t, own[name]) for name, t in fresh.model.state_dict().items())
     with pytest.raises(ValueError, match="exists"):
         export_checkpoint(newest_of(tmp_path / "run"), file)
-    with pytest.raises(ValueError, match="--to safetensors"):
+    assert not list(tmp_path.glob(".inflight*"))
+
+
+def test_a_model_that_hugging_face_has_no_class_for_is_refused_by_name(tmp_path: Path) -> None:
+    x = tokens(4 * 8).view(4, 8)
+    tiny_trainer(tmp_path / "run", [(x, x)], Bigram()).train()
+    with pytest.raises(ValueError, match=r"a Bigram, which has no Hugging Face config.*--to safetensors"):
         export_checkpoint(newest_of(tmp_path / "run"), tmp_path / "folder", "hf")
     assert not list(tmp_path.glob(".inflight*")) and not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_our_gpt_comes_back_as_a_llama_with_the_same_logits(tmp_path: Path, tied: bool, kv_heads: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size=29, num_layers=2, num_heads=4, num_kv_heads=kv_heads, hidden_size=32,
+                          max_seq_len=64, rope_theta=500.0, norm_eps=1e-3, dropout=0.1, tie_embeddings=tied))
+    tiny_trainer(tmp_path / "run", None, model, max_steps=3).train()
+    folder = export_checkpoint(newest_of(tmp_path / "run"), tmp_path / "folder", "hf")
+    back = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(back).__name__ == "LlamaForCausalLM" and back.dtype == torch.float32
+    ids = tokens(3 * 40, seed=5).view(3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, model.eval()(ids), rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in back.parameters()) == model.num_parameters()
 
 
 def test_weights_of_another_program_are_read_within_the_same_limits(tmp_path: Path) -> None:
