@@ -16,9 +16,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=5 -n auto --maxprocesses 8 --dist worksteal
 
-# Kills, errors, power cuts, rot, signals and hostile files by the thousand; rewrites bench/results/reliability.md.
+# Kills, errors, power cuts, rot, signals and hostile files by the thousand; rewrites bench/results/reliability.md after
+# each job, and goes on where it was when it was interrupted. PEERS_PYTHON: an interpreter that has Lightning.
 torture: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/campaign.py --out bench/results/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/jobs.py --out bench/results/reliability.md
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow -rP

@@ -1,9 +1,8 @@
-"""The reliability campaign: `make torture` runs it whole and writes bench/results/reliability.md; test_torture.py runs
-a short form of each part. Every part prints its count, its seed and, with none wrong of N, the bound 3/N (95 %)."""
+"""The parts of the reliability campaign: `make torture` (jobs.py) runs them whole, test_torture.py a short form.
+Every part has its count, its seed and, with none wrong of N, the bound 3/N (95 %)."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +25,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 
-import peers  # noqa: E402
 import torch  # noqa: E402
 from crash_images import build, crash_images  # noqa: E402
-from mutants import MUTANTS, survivors  # noqa: E402
-from tiny_runs import BATCH, LENGTH, plain_loader, tiny_gpt, tiny_trainer, token_loader  # noqa: E402
+from tiny_runs import plain_loader, tiny_gpt, tiny_trainer, token_loader  # noqa: E402
 
 from fasttrain.callbacks import Callback, SampleText  # noqa: E402
 from fasttrain.checkpointing import (  # noqa: E402
@@ -56,10 +52,21 @@ class Part:
     trials: int
     wrong: list[str] = field(default_factory=list)
     note: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Numbers that the note names in braces; those of several jobs are added."""
 
     def line(self) -> str:
         bound = f"≤ {3 / self.trials:.2g}" if self.trials >= 10 and not self.wrong else ""
-        return f"| {self.name} | {self.trials:,} | {len(self.wrong)} | {bound} | {self.note} |"
+        note = self.note.format(**self.counts)
+        return f"| {self.name} | {self.trials:,} | {len(self.wrong)} | {bound} | {note} |"
+
+
+def fork() -> int:
+    """os.fork, with the child in a process group of its own: a signal to this job's group is not one to the child."""
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+    return pid
 
 
 def compile_shim(folder: Path) -> Path:
@@ -68,8 +75,8 @@ def compile_shim(folder: Path) -> Path:
     return target
 
 
-def weather(folder: Path, stride: int, kills: int, seed: int) -> list[Part]:
-    """Kills and errors at every call, by the shim, in a process of its own."""
+def weather(folder: Path, stride: int, kills: int, seed: int, kinds: str = "") -> list[Part]:
+    """Kills and errors at every call, by the shim, in a process of its own; `kinds`: those with this in their name."""
     shim = compile_shim(folder)
     environment = {
         **os.environ,
@@ -79,7 +86,7 @@ def weather(folder: Path, stride: int, kills: int, seed: int) -> list[Part]:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, str(HERE / "weather.py"), str(stride), str(kills), str(seed)],
+        [sys.executable, str(HERE / "weather.py"), str(stride), str(kills), str(seed), kinds],
         capture_output=True,
         text=True,
         env=environment,
@@ -88,17 +95,14 @@ def weather(folder: Path, stride: int, kills: int, seed: int) -> list[Part]:
         raise RuntimeError(done.stderr)
     result = json.loads(done.stdout.splitlines()[-1])
     parts = [Part(kind, item["trials"], item["wrong"]) for kind, item in result["kinds"].items()]
-    parts[0].note = f"a save of this tiny state makes {result['calls']} calls; 5 scenarios"
-    small = result["full tmpfs"]
-    return [
-        *parts,
-        Part(
-            "a real full tmpfs",
-            2 if small.startswith("ok") else 0,
-            [small] if small.startswith("WRONG") else [],
-            small,
-        ),
-    ]
+    for part in parts:
+        if "random" not in part.name:
+            part.note = f"each call in 5 scenarios; one save of this tiny state makes {result['calls']}"
+    small = result.get("full tmpfs")
+    if small is not None:
+        count, wrong = 2 if small.startswith("ok") else 0, [small] if small.startswith("WRONG") else []
+        parts.append(Part("a real full tmpfs", count, wrong, small))
+    return parts
 
 
 def trees_of(mark: float) -> dict[str, Any]:
@@ -207,7 +211,7 @@ def session(
     directory: Path, ledger: Path, make_loader: Callable[[], Any], stop_at: int, seed: int, **settings: Any
 ) -> None:
     """One life of a run, in a process of its own as it would be."""
-    pid = os.fork()
+    pid = fork()
     if pid:
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert status in (0, 128 + signal.SIGTERM), f"a session ended with {status}"
@@ -224,15 +228,19 @@ def session(
         os._exit(1)
 
 
-def exact_resume(chains: int, seed: int, workers: tuple[int, ...] = (0, 2), stops_at: Any = range(1, 15)) -> Part:
+LOADERS: dict[str, Callable[[], Any]] = {
+    "TokenLoader": token_loader,
+    "DataLoader(shuffle=True, num_workers=0)": lambda: plain_loader(num_workers=0),
+    "DataLoader(shuffle=True, num_workers=2)": lambda: plain_loader(num_workers=2),
+}
+
+
+def exact_resume(chains: int, seed: int, kinds: tuple[str, ...] = tuple(LOADERS), stops_at: Any = range(1, 15)) -> Part:
     """Ledgers of interrupted runs against the uninterrupted one, byte for byte."""
     chance, part = random.Random(seed), Part("interrupted = uninterrupted, ledgers compared byte for byte", 0)
-    kinds: dict[str, Callable[[], Any]] = {"TokenLoader": lambda: token_loader()}
-    for count in workers:
-        kinds[f"DataLoader(shuffle=True, num_workers={count})"] = lambda count=count: plain_loader(num_workers=count)
     stops = 0
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        for kind, make in kinds.items():
+        for kind, make in ((kind, LOADERS[kind]) for kind in kinds):
             for accum in (1, 3, 4):
                 settings = {"max_steps": 0, "max_epochs": 3, "grad_accum_steps": accum, "warmup_steps": 2}
                 base = Path(folder) / f"{len(list(Path(folder).iterdir()))}"
@@ -252,9 +260,10 @@ def exact_resume(chains: int, seed: int, workers: tuple[int, ...] = (0, 2), stop
                     part.trials += 1
                     if (base / "cut.txt").read_bytes() != expected:
                         part.wrong.append(f"{kind}, accum {accum}, stops {plan}")
+    part.counts = {"stops": stops}
     part.note = (
-        f"{stops} interruptions in chains of 1 to 5, at every micro-step; accumulation 1, 3, 4; dropout 0.1; 3 "
-        f"epochs; {', '.join(kinds)}; seed {seed}"
+        "{stops} interruptions in chains of 1 to 5, at every micro-step of the loaders without workers; accumulation "
+        f"1, 3, 4; dropout 0.1; 3 epochs; TokenLoader, DataLoader(shuffle=True) with 0 and 2 workers; seed {seed}"
     )
     return part
 
@@ -280,7 +289,7 @@ def killed_runs(kills: int, seed: int) -> Part:
             shutil.rmtree(directory, ignore_errors=True)
             lives += 1
             for attempt in range(200):
-                pid = os.fork()
+                pid = fork()
                 if pid == 0:
                     try:
                         train(directory, attempt + 1 if list_checkpoints(directory) else 0)  # fresh as the straight one
@@ -302,9 +311,8 @@ def killed_runs(kills: int, seed: int) -> Part:
             end = load_checkpoint(latest_checkpoint(directory, log=print) or directory)["model"]
             if first_difference(expected, end):
                 part.wrong.append(f"the end of life {lives} differs in {first_difference(expected, end)}")
-    part.note = (
-        f"{lives} runs of 40 steps killed again and again, each ends with the straight run's bits; seed {seed}"
-    )
+    part.counts = {"lives": lives}
+    part.note = "{lives} runs of 40 steps killed again and again, each ends with the straight run's bits"
     return part
 
 
@@ -352,7 +360,7 @@ def signals(count: int, seed: int) -> Part:
         for index in range(count):
             directory, number = Path(folder) / str(index), numbers[index % 3]
             read, write = os.pipe()
-            pid = os.fork()
+            pid = fork()
             if pid == 0:
                 interrupted_run(directory, write, early=index % 4 == 0)
             os.close(write)
@@ -389,7 +397,7 @@ def concurrent(seconds: float) -> Part:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         root, children = Path(folder), []
         for number in range(2):
-            pid = os.fork()
+            pid = fork()
             if pid == 0:
                 try:
                     end, index = time.monotonic() + seconds, 0
@@ -481,79 +489,125 @@ def _open_sealed(open_manifest: Callable[[bytes], Any]) -> Callable[[bytes], Any
     return parse
 
 
-def run(scale: float, seed: int) -> tuple[list[Part], list[str]]:
-    """All parts, and the lines of the table with the peers. Random trials are scaled; what is exhaustive is not."""
-    torch.set_num_threads(1)
-    parts: list[Part] = []
+def forged_bombs() -> dict[str, Callable[[Path], object]]:
+    """Checkpoints that are small on the disk and would be large in memory, or just as large as they say."""
+    import test_checkpoint_damage as damage
 
-    def add(*new: Part) -> None:
-        for part in new:
-            print(part.line(), flush=True, file=sys.__stdout__)
-            for wrong in part.wrong[:5]:
-                print("    WRONG:", wrong, flush=True, file=sys.__stdout__)
-            parts.append(part)
+    def loop(before: bytes, middle: bytes, count: int, after: bytes) -> Callable[[Path], object]:
+        return lambda path: damage.forge(path, "loop.json", before + middle * count + after)
 
-    def scaled(count: int) -> int:
-        return max(1, round(count * scale))
+    def tensors(header: dict[str, Any], size: int) -> Callable[[Path], object]:
+        def run(path: Path) -> None:
+            structure = json.dumps({name: {"$tensor": name} for name in header}).encode()
+            damage.forge(path, "model.json", structure)
+            damage.forge(path, "model.safetensors", damage.tensors_file(header, bytes(size)))
+            listed = {name: [item["dtype"], item["shape"], "0" * 16] for name, item in header.items()}
+            damage.reseal(path, lambda body: body["trees"]["model"].__setitem__("tensors", listed))
 
-    with tempfile.TemporaryDirectory() as folder:
-        add(*weather(Path(folder), 1, scaled(2000), seed))
-    add(power_cuts(10**9))
-    add(exact_resume(scaled(12), seed))
-    add(killed_runs(scaled(1200), seed))
-    add(signals(scaled(1000), seed))
-    add(concurrent(60.0 * scale))
-    add(*hostile(60.0 * scale, seed))
-    table = peers.table(1000, seed, with_trainers=True)
-    print("\n".join(table), flush=True, file=sys.__stdout__)
-    if scale >= 1:
-        alive = survivors()
-        names = "; ".join(mutant.name for mutant in MUTANTS)
-        add(Part("mutants of the safety code caught by the tests", len(MUTANTS), alive, names))
-    return parts, table
+        return run
 
+    def manifest(value: Any, count: int) -> Callable[[Path], object]:
+        return lambda path: damage.reseal(path, lambda body: body["metadata"].__setitem__("x", value * count))
 
-def report(parts: list[Part], table: list[str], seconds: float, seed: int, scale: float) -> str:
-    import platform
+    def trees(count: int, data: bytes) -> Callable[[Path], object]:
+        def run(path: Path) -> None:
+            entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for index in range(count):
+                (path / f"t{index}.json").write_bytes(data)
+            more = {f"t{i}": {"files": {f"t{i}.json": entry}, "tensors": {}} for i in range(count)}
+            damage.reseal(path, lambda body: body["trees"].update(more))
 
-    return "\n".join(
-        [
-            "# Reliability of checkpoints",
-            "",
-            f"Made by `make torture` (scale {scale:g}) in {seconds / 60:.0f} min; torch {torch.__version__}, Python "
-            f"{platform.python_version()}, Linux {platform.release().split('-')[0]}, files on tmpfs, seed {seed}. A "
-            "bound is 3/N: with none wrong in N trials, the true share is below it (95 % confidence). Real power cuts, "
-            "network file systems, GPUs: not tried.",
-            "",
-            "| what | trials | wrong | bound | |",
-            "|---|---|---|---|---|",
-            *(part.line() for part in parts),
-            "",
-            "## One flipped bit, or one cut, and what loading makes of it",
-            "",
-            *table,
-            "",
-        ]
-    )
+        return run
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=float, default=1.0, help="of random trials; below 1 without mutants")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    # The runs' own reports go nowhere; lines of this one go to the real stdout.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        parts, table = run(arguments.scale, arguments.seed)
-    text = report(parts, table, time.monotonic() - start, arguments.seed, arguments.scale)
-    if arguments.out:
-        arguments.out.write_text(text)
-    return int(any(part.wrong for part in parts))
+    mega = 2**20
+    deep = b"[" * 30 + b"]" * 30 + b","
+    empty = {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)}
+    odd = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+           "w": {"dtype": "F32", "shape": [8 * mega], "data_offsets": [1, 32 * mega + 1]}}
+    flags = {"m": {"dtype": "BOOL", "shape": [48 * mega], "data_offsets": [0, 48 * mega]}}
+    bombs: dict[str, Callable[[Path], object]] = {
+        f"{count:,} x {text.decode()}": loop(b"[", text, count, b"0]")
+        for count in (10**5, 3 * 10**5, 10**6, 6 * 10**6)
+        for text in (b"[],", b"{},", b"[0],", b'{"":0},', b"1.5,", b'"ab",', b'{"$tuple":[]},')
+    }
+    for count in (3000, 10_000, 60_000):
+        bombs[f"{count:,} x 30 lists deep"] = loop(b"[", deep, count, b"0]")
+    for size in (1, 8, 30, 60):
+        for name, letters in {"ascii": b"a", "escapes": b"\\n", "wide": "é".encode()}.items():
+            count = size * mega // len(letters)
+            wide_ends = {"": b"", " and a wide letter": b"\\ud83d\\ude00", " and a raw one": "😀".encode()}
+            for more, wide in wide_ends.items():
+                bombs[f"{size} MiB of {name}{more}"] = loop(b'"', letters, count, wide + b'"')
+    for count in (10**4, 10**5, 10**6):
+        bombs[f"a table of {count:,} names"] = lambda path, count=count: damage.forge(
+            path, "loop.json", b"{" + b",".join(b'"%x":%d' % (i, i + 1000) for i in range(count)) + b"}")
+        bombs[f"{count:,} empty lists in the manifest"] = manifest([[]], count)
+    bombs["40 MiB of text in the manifest"] = manifest("a", 40 * mega)
+    bombs["20 MiB of quotes in the manifest"] = manifest('"', 20 * mega)
+    bombs["100,000 empty tensors"] = tensors(empty, 0)
+    bombs["20,000 empty tensors"] = tensors(dict(list(empty.items())[:20_000]), 0)
+    bombs["a misaligned tensor of 32 MiB"] = tensors(odd, 32 * mega + 1)
+    bombs["48 MiB of booleans"] = tensors(flags, 48 * mega)
+    bombs["200 trees of 100,000 lists"] = trees(200, b"[" + b"[]," * 100_000 + b"0]")
+    bombs["20 trees of 4 MiB of text"] = trees(20, b'"' + b"a" * (4 * mega) + b'"')
+    return bombs
 
 
-if __name__ == "__main__":
-    assert BATCH and LENGTH
-    raise SystemExit(main())
+def memory_of(work: Callable[[], object]) -> tuple[int, str]:
+    """Bytes of resident memory that `work` takes at its peak in a forked child, and how it ended."""
+    read, write = os.pipe()
+    pid = fork()
+    if pid == 0:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            before = _resident("VmRSS")
+            try:
+                work()
+                ended = "loaded"
+            except ValueError:
+                ended = "refused"
+            os.write(write, json.dumps([_resident("VmHWM") - before, ended]).encode())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        told = pipe.read()
+    os.waitpid(pid, 0)
+    return tuple(json.loads(told)) if told else (0, "broke")  # type: ignore[return-value]
+
+
+def _resident(key: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+
+def hostile_memory(stride: int) -> Part:
+    """Peak memory of loading hostile checkpoints, every byte of every tensor touched: at most twice the size of the
+    files, and 64 MiB."""
+    import test_checkpoint_damage as damage
+
+    part, worst = Part("memory of hostile checkpoints ≤ twice their size + 64 MiB", 0), 0.0
+    loaded = 0
+
+    def load(path: Path) -> None:
+        for tensor in load_checkpoint(path)["model"].values():
+            if tensor.numel():
+                int(tensor.reshape(-1).view(torch.uint8)[::64].max())  # touches every page, and makes no copy
+
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        root = Path(folder) / "memory"
+        load(damage.save(root, 1))  # what reading needs once is there
+        for name, forge in list({**damage.HOSTILE, **forged_bombs()}.items())[::stride]:
+            shutil.rmtree(root)
+            path = damage.save(root, 2)
+            forge(path)
+            size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+            used, ended = memory_of(lambda path=path: load(path))
+            part.trials += 1
+            loaded += ended == "loaded"
+            worst = max(worst, (used - 2 * size) / 2**20)
+            if used > 2 * size + 64 * 2**20 or ended == "broke":
+                part.wrong.append(f"{name}: {used / 2**20:.0f} MiB for {size / 2**20:.1f} MiB of files, {ended}")
+    part.note = (f"VmHWM of a child that loads and touches every byte, above its start; the worst took twice its size "
+                 f"and {worst:.0f} MiB; {loaded} were within the limits and loaded")
+    return part

@@ -1,14 +1,21 @@
 """The corruption table: the same flips and cuts in the files of fasttrain and of what people use, loaded by each one's
-own loader. A trial is *silent* if loading succeeds with other tensors than were saved."""
+own loader. A trial is *silent* if loading succeeds with other tensors than were saved.
+
+`python tests/torture/peers.py` prints it. A trainer that is not installed here is run by the interpreter that
+PEERS_PYTHON names, if it has it there; else the table says that it was not run."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import io
 import logging
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from fasttrain.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
 
@@ -232,30 +241,48 @@ def falls_back(count: int, seed: int) -> int:
     return found
 
 
+TRAINERS: dict[str, tuple[str, Callable[[], Contender]]] = {
+    "transformers.Trainer (weights)": ("accelerate", hugging_face),
+    "Lightning Trainer": ("lightning", lightning),
+}
+
+
+def version(module: str) -> str:
+    name = "transformers" if module == "accelerate" else module
+    return f"{importlib.metadata.version(name)} on torch {torch.__version__}"
+
+
+def row(name: str, counts: Mapping[str, tuple[int, int, int]]) -> str:
+    errors, harmless, silent = counts["flip"]
+    number = sum(counts["flip"])
+    return (f"| {name} | **{silent} of {number}** | {errors} | {harmless} | {counts['cut'][2]} of {number} "
+            f"| {counts['zero page'][2]} of {number} |")
+
+
 def table(count: int, seed: int, *, with_trainers: bool) -> list[str]:
     """Lines of markdown."""
     lines = [
         "| loader | single bit flipped: silent | errors | harmless | cut short: silent | a 4 KiB page zeroed: silent |",
         "|---|---|---|---|---|---|",
     ]
-    makers: list[tuple[str, str, Callable[[], Contender]]] = []
-    if with_trainers:
-        makers = [("transformers.Trainer", "accelerate", hugging_face), ("Lightning", "lightning", lightning)]
-    rows = [(contender, count) for contender in contenders()]
     absent = []
-    for name, needs, make in makers:
-        if importlib.util.find_spec(needs) is None:
-            absent.append(f"{name} was not run: `{needs}` is not installed here.")
+    for contender in contenders():
+        counts = trials(contender, count, seed)
+        lines.append(row(contender.name, counts))
+        assert contender.name != "fasttrain" or not any(silent for _, _, silent in counts.values())
+    for name, (needs, make) in TRAINERS.items() if with_trainers else ():
+        number = max(1, count // 10)
+        other = os.environ.get("PEERS_PYTHON")
+        if importlib.util.find_spec(needs) is not None:
+            lines.append(row(f"{name} {version(needs)}", trials(make(), number, seed)))
+        elif other:
+            command = [other, __file__, "--row", name, "--count", str(number), "--seed", str(seed)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1000:]}")
+            lines.append(done.stdout.strip().splitlines()[-1])
         else:
-            rows.append((make(), max(1, count // 10)))
-    for contender, number in rows:
-        counts = trials(contender, number, seed)
-        errors, harmless, silent = counts["flip"]
-        lines.append(
-            f"| {contender.name} | **{silent} of {number}** | {errors} | {harmless} | {counts['cut'][2]} of {number} "
-            f"| {counts['zero page'][2]} of {number} |"
-        )
-        assert contender.name != "fasttrain" or not (silent or counts["cut"][2] or counts["zero page"][2])
+            absent.append(f"{name} was not run: `{needs}` is not installed; PEERS_PYTHON names no interpreter.")
     found = falls_back(count, seed)
     assert found == count, f"fell back {found} of {count} times"
     lines += [
@@ -265,3 +292,20 @@ def table(count: int, seed: int, *, with_trainers: bool) -> list[str]:
         *absent,
     ]
     return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints the corruption table.")
+    parser.add_argument("--count", type=int, default=1000, help="trials of each kind; the trainers' are a tenth")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--row", choices=TRAINERS, help="one trainer's row of --count trials instead")
+    arguments = parser.parse_args()
+    if arguments.row:
+        needs, make = TRAINERS[arguments.row]
+        print(row(f"{arguments.row} {version(needs)}", trials(make(), arguments.count, arguments.seed)))
+    else:
+        print("\n".join(table(arguments.count, arguments.seed, with_trainers=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
 import campaign  # noqa: E402
+import jobs  # noqa: E402
 import peers  # noqa: E402
 from mutants import MUTANTS, ROOT  # noqa: E402
 
@@ -36,7 +41,7 @@ def test_every_image_that_a_power_cut_may_leave_loads() -> None:
 
 
 def test_ledgers_of_interrupted_runs_are_the_uninterrupted_ones() -> None:
-    none_wrong(campaign.exact_resume(1, 0, (0,), (2, 9)))
+    none_wrong(campaign.exact_resume(1, 0, tuple(campaign.LOADERS)[:2], (2, 9)))
 
 
 def test_runs_killed_at_random_end_with_the_same_bits() -> None:
@@ -57,6 +62,12 @@ def test_hostile_and_random_files_are_refused() -> None:
     assert hostile.trials >= 150
 
 
+def test_a_hostile_checkpoint_takes_no_more_than_twice_its_size_in_memory() -> None:
+    part = campaign.hostile_memory(13)
+    none_wrong(part)
+    assert part.trials >= 15
+
+
 def test_no_flip_or_cut_loads_here_and_many_do_elsewhere() -> None:
     rows = {contender.name: peers.trials(contender, 40, 0) for contender in peers.contenders()}
     for kind, (_, _, silent) in rows.pop("fasttrain").items():
@@ -64,6 +75,36 @@ def test_no_flip_or_cut_loads_here_and_many_do_elsewhere() -> None:
     for name, counts in rows.items():
         assert counts["flip"][2] > 20, f"{name} notices more than it did: publish the table anew"
     assert peers.falls_back(40, 0) == 40
+
+
+def test_a_campaign_that_is_told_to_stop_says_aborted_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Never "wrong": what it was doing to others, and what others do to it, are told apart."""
+    command = [sys.executable, str(HERE / "jobs.py"), "--scale", "0.05", "--only", "^(concurrent|killed runs 1)",
+               "--at-once", "1", "--keep", str(tmp_path / "kept"), "--out", str(tmp_path / "report.md")]
+    process = subprocess.Popen([*command, "--only", "^(concurrent|killed runs)"], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "kept").glob("killed-runs-2*.log")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    report = (tmp_path / "report.md").read_text()
+    assert "Aborted by SIGTERM" in report and "WRONG" not in report and "killed runs 2 of 4" in report
+    row = next(line for line in report.splitlines() if line.startswith("| SIGKILL at random in running training"))
+    assert row.split("|")[3].strip() == "0"
+    before = (tmp_path / "kept" / "killed-runs-1-of-4.json").stat().st_mtime
+    assert subprocess.run(command, timeout=60).returncode == 0
+    assert (tmp_path / "kept" / "killed-runs-1-of-4.json").stat().st_mtime == before
+
+
+def test_a_job_that_is_told_to_stop_has_no_result_and_no_children(tmp_path: Path) -> None:
+    job = subprocess.Popen([sys.executable, str(HERE / "jobs.py"), "--job", "signals", "--scale", "1", "--seed", "0",
+                            "--result", str(tmp_path / "result.json")], start_new_session=True)
+    time.sleep(6.0)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(30) == jobs.ABORTED and not list(tmp_path.iterdir())
+    jobs.end_session(job.pid)
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and jobs.session_of(int(pid)) == job.pid]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
