@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import datetime
 import gc
+import itertools
 import platform
 import statistics
 import subprocess
@@ -57,17 +58,21 @@ def compare(
     prepare: Callable[[], Any] = lambda: None,
     growth: tuple[str, str, float] = ("", "", 0.0),
     warm: bool = False,
+    rotate: bool = False,
 ) -> dict[str, Row]:
     """Times `ours` and the `others` in `rounds` interleaved rounds and records a row for each.
 
     `growth` is (curve, axis, amount): where the rows stand in a plot of time against size.
     `prepare` runs before every measured call, outside its time; with `warm` the call itself does too: where a call
-    takes microseconds, the one before it decides what is in the caches. Returns the rows by contender name.
+    takes microseconds, the one before it decides what is in the caches. With `rotate` the others take turns in being
+    first: where one leaves something to the next (a disk at work), each suffers from each. Returns the rows by name.
     """
     times: dict[str, list[float]] = {key: [] for key in others}
+    turns = itertools.count()
 
     def run_the_others() -> None:
-        for key, call in others.items():
+        first = next(turns) % len(others) if rotate else 0
+        for key, call in (*list(others.items())[first:], *list(others.items())[:first]):
             if warm:
                 call()
             prepare()
