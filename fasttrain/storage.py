@@ -165,7 +165,8 @@ def write_file(directory: int, name: str, pieces: Iterable[bytes | memoryview],
                 size += len(chunk)
                 while chunk:  # a write may be short, on a full disk or a signal
                     chunk = chunk[os.write(descriptor, chunk):]
-        os.fsync(descriptor)  # not earlier, bit by bit: that was slower, by what each commit of a journal costs
+        # Not earlier, bit by bit: that was slower, by what each commit of a journal costs.
+        os.fsync(descriptor)
     finally:
         sha256 = digest.finish()
         os.close(descriptor)

@@ -303,8 +303,8 @@ def test_everything_is_fsynced_before_the_rename_that_publishes_it(tmp_path: Pat
     for _ in patched(counted(action)):
         save(root, 1, 7.0)
     shape = [step for i, step in enumerate(steps) if step != steps[i - 1]]  # a file may take several writes
-    files = [("write", "model.json"), ("fsync", "model.json"), ("write", "model.safetensors"),
-             ("fsync", "model.safetensors"), ("write", "loop.json"), ("fsync", "loop.json")]
+    files = [("write", "model.json"), ("fsync", "model.json"), ("write", "loop.json"), ("fsync", "loop.json"),
+             ("write", "model.safetensors"), ("fsync", "model.safetensors")]
     assert shape == [
         *files, ("write", "manifest.json"), ("fsync", "manifest.json"), ("fsync", "private"),
         ("rename", "step-00000001 step-00000001~"), ("fsync", "root"), ("rename", "private step-00000001"),

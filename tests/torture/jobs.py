@@ -283,11 +283,20 @@ def end_session(leader: int) -> None:
 
 def session_of(pid: int) -> int:
     """The session of a living process; 0 if there is none."""
+    return _stat(pid)[1]
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a living process; 0 if there is none."""
+    return _stat(pid)[0]
+
+
+def _stat(pid: int) -> tuple[int, int]:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[3])
+        return 0, 0
+    return (0, 0) if fields[0] in "ZX" else (int(fields[1]), int(fields[3]))
 
 
 def commit() -> str:

@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant(
         "no seal of the manifest",
         "manifest.py",
-        "if hashlib.sha256(sealed[2]).hexdigest().encode() != sealed[1]:",
+        "if hashlib.sha256(text).hexdigest().encode() != sealed[1]:",
         "if False:",
     ),
     Mutant("no size check", "treefiles.py", "    if size != entry.size:", "    if False:"),
