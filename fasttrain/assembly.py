@@ -21,22 +21,30 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from .averaging import averaged_weights
 from .batch_stream import peek_batches
 from .batches import tensors_of
-from .checkpointing import list_checkpoints, load_checkpoint, verify_checkpoint
+from .checkpointing import CheckpointError, list_checkpoints, load_checkpoint, read_manifest, verify_checkpoint
 from .config import TrainConfig, to_dict
+from .dealing import batches_per_turn
+from .distributed import ALONE, Team
 from .generation import generate
 from .ops.adamw import AdamW
+from .shard_files import generators_of
+from .shards import whole_tensors
 from .state import TrainState
 from .tokenization import Tokenizer, as_tokenizer, tokenizer_to_dict
-from .utils import Interrupted, Interruption, device_of, format_count, unwrap
+from .utils import Interrupted, Interruption, device_of, format_count, rank_seed, seed_all, unwrap
 
 
-def place_model(model: nn.Module) -> tuple[nn.Module, torch.device]:
-    """The model on the GPU, if there is one and the model is still on the CPU; parameters stay the same objects, so an
-    optimizer made before stays valid."""
+def place_model(model: nn.Module, team: Team = ALONE) -> tuple[nn.Module, torch.device]:
+    """The model on the GPU (of this rank), if there is one and the model is still on the CPU; parameters stay the same
+    objects, so an optimizer made before stays valid."""
     device = device_of(model)
-    if device.type == "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-        model.to(device)
+    on_meta = device.type == "meta"  # it gets its memory when it is known who holds which part
+    if (device.type == "cpu" or on_meta) and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device()) if team.is_alone else team.device
+        if not on_meta:
+            model.to(device)
+    elif on_meta:
+        device = team.device
     return model, device
 
 
@@ -99,8 +107,9 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer, scheduler: LRSchedul
                          "build it from that one")
 
 
-def resolve_accumulation(config: TrainConfig, loader: Iterable[Any]) -> TrainConfig:
-    """The config with grad_accum_steps derived from global_batch_size or global_batch_tokens, where one is given."""
+def resolve_accumulation(config: TrainConfig, loader: Iterable[Any], world_size: int = 1) -> TrainConfig:
+    """The config with grad_accum_steps (each rank's) derived from global_batch_size or global_batch_tokens, where one
+    is given."""
     if not (config.global_batch_size or config.global_batch_tokens):
         return config
     rows, length = batch_shape(loader)
@@ -110,10 +119,13 @@ def resolve_accumulation(config: TrainConfig, loader: Iterable[Any]) -> TrainCon
     if not size or (name == "global_batch_tokens" and not length):
         raise ValueError(f"TrainConfig.{name} is {total}, but {type(loader).__name__} neither says the size of a batch "
                          "nor can be read twice to find out; set grad_accum_steps instead")
-    if total % size:
+    if total % (size * world_size):
         unit = "sequences" if name == "global_batch_size" else f"tokens ({rows} sequences of {length})"
-        raise ValueError(f"TrainConfig.{name} is {total}; it must be a multiple of the loader's batch of {size} {unit}")
-    return dataclasses.replace(config, global_batch_size=0, global_batch_tokens=0, grad_accum_steps=total // size)
+        ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+        raise ValueError(f"TrainConfig.{name} is {total}; it must be a multiple of the loader's batch of {size} {unit}"
+                         f"{ranks}")
+    return dataclasses.replace(config, global_batch_size=0, global_batch_tokens=0,
+                               grad_accum_steps=total // (size * world_size))
 
 
 def batch_shape(loader: Iterable[Any]) -> tuple[int | None, int | None]:
@@ -128,7 +140,7 @@ def batch_shape(loader: Iterable[Any]) -> tuple[int | None, int | None]:
     return rows if isinstance(rows, int) else largest.size(0), largest.size(1) if largest.dim() > 1 else None
 
 
-def planned_steps(config: TrainConfig, loader: Iterable[Any]) -> int | None:
+def planned_steps(config: TrainConfig, loader: Iterable[Any], world_size: int = 1) -> int | None:
     """How many optimizer steps the limits amount to, or None where that cannot be known beforehand.
 
     Expects a config from `resolve_accumulation`.
@@ -140,17 +152,18 @@ def planned_steps(config: TrainConfig, loader: Iterable[Any]) -> int | None:
         num_batches = 0
     if config.max_epochs and num_batches:
         # Windows run across epoch ends; only the very last one can be short.
-        bounds.append(math.ceil(config.max_epochs * num_batches / config.grad_accum_steps))
-    tokens = tokens_per_step(config, loader)
+        taken = config.grad_accum_steps * batches_per_turn(loader, world_size)
+        bounds.append(math.ceil(config.max_epochs * num_batches / taken))
+    tokens = tokens_per_step(config, loader, world_size)
     if config.max_tokens and tokens:
         bounds.append(math.ceil(config.max_tokens / tokens))
     return min(bounds) if bounds else None
 
 
-def tokens_per_step(config: TrainConfig, loader: Iterable[Any]) -> int | None:
-    """Targets of a full step, where the loader says its batch size and sequence length."""
+def tokens_per_step(config: TrainConfig, loader: Iterable[Any], world_size: int = 1) -> int | None:
+    """Targets of a full step of all ranks, where the loader says its batch size and sequence length."""
     batch_size, length = getattr(loader, "batch_size", None), getattr(getattr(loader, "dataset", None), "seq_len", None)
-    return batch_size * length * config.grad_accum_steps if batch_size and length else None
+    return batch_size * length * config.grad_accum_steps * world_size if batch_size and length else None
 
 
 def eval_batches(data: Any, max_batches: int) -> int | None:
@@ -161,6 +174,13 @@ def eval_batches(data: Any, max_batches: int) -> int | None:
     except TypeError:
         return max_batches or None
     return min(longest, max_batches) if max_batches else longest
+
+
+def check_alone(team: Team, name: str) -> None:
+    """Refuses what is written for one process."""
+    if not team.is_alone:
+        raise ValueError(f"{name}() compares runs of one process, and there are {team.world_size} ranks; call it "
+                         "without torchrun")
 
 
 def check_limits(config: TrainConfig) -> None:
@@ -227,33 +247,72 @@ def checkpoint_metadata(state: TrainState, config: TrainConfig, precision: torch
     }
 
 
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
 def breakable_generation(model: nn.Module, tokenizer: Tokenizer, interruption: Interruption,
-                         callbacks: Sequence[Any] = ()) -> Callable[..., list[str]]:
+                         callbacks: Sequence[Any] = (), within: Callable[..., Any] = _call) -> Callable[..., list[str]]:
     """(prompts, **options) -> texts for callbacks; a signal ends it between two tokens with Interrupted. The weights
-    are the average that one of `callbacks` keeps, if one does."""
+    are the average that one of `callbacks` keeps, if one does. `within` is the spread model's (replicas.Spread)."""
     def run(prompts: Sequence[str], **options: Any) -> list[str]:
         texts = [""] * len(prompts)
-        with averaged_weights(callbacks):
-            for row, piece in generate(model, list(prompts), tokenizer=tokenizer, stream=True, **options):
-                texts[row] += piece
-                if interruption:
-                    raise Interrupted(interruption.requested)
+        for row, piece in generate(model, list(prompts), tokenizer=tokenizer, stream=True, **options):
+            texts[row] += piece
+            if interruption:
+                raise Interrupted(interruption.requested)
         return texts
 
-    return run
+    def run_on_average(prompts: Sequence[str], **options: Any) -> Any:
+        with averaged_weights(callbacks):
+            return within(run, prompts, **options)
+
+    return run_on_average
 
 
-def rewind(state: TrainState, root: Path) -> Path | None:
-    """Back to the newest good checkpoint before the present step; the batches that `state.blamed` names are passed over
-    from then on. Returns it, or None where there is none: the run is then asked to stop."""
+def restore(state: TrainState, path: Path) -> None:
+    """Loads a checkpoint into the state, on every rank its own part; rank 0 verifies for all.
+
+    A number of ranks other than the one that wrote it goes on with the same samples; generators of ranks from 1 on are
+    then seeded by (the run's seed, the step, the rank).
+
+    Raises:
+        CheckpointError: on every rank, what rank 0 found.
+        ValueError: the checkpoint belongs to another model, optimizer or data.
+    """
+    team, problem = state.team, ""
+    trees: dict[str, Any] = {}
+    if team.leads:
+        try:
+            trees = load_checkpoint(path, whole=False)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = team.tell(problem)
+    if problem:
+        raise CheckpointError(problem)
+    if not team.leads:
+        trees = load_checkpoint(path, whole=False, hashed=False)
+    generators = generators_of(trees, team)
+    trees["training"] = whole_tensors(trees["training"])
+    state.restore({**trees, "rng": trees["rng"] if generators is None else generators})
+    if generators is None:
+        seed = read_manifest(path).metadata.get("config", {}).get("seed", 0)
+        seed_all(rank_seed(seed + state.step, team.rank))
+
+
+def rewind(state: TrainState, root: Path, team: Team = ALONE) -> Path | None:
+    """Back to the newest good checkpoint before the present step (as rank 0 finds it); the batches that `state.blamed`
+    names are passed over from then on. Returns it, or None where there is none: the run is then asked to stop."""
     step, skipped, rewinds, blamed = state.step, state.stream.skipped, state.counters.rewinds, state.blamed
-    good = next((path for path in reversed(list_checkpoints(root))
-                 if int(path.name.removeprefix("step-")) < step and not verify_checkpoint(path)), None)
-    if good is None:
+    found = (path for path in reversed(list_checkpoints(root) if team.leads else [])
+             if int(path.name.removeprefix("step-")) < step and not verify_checkpoint(path))
+    name = team.tell(next((path.name for path in found), ""))
+    good = root / name
+    if not name:
         state.request_stop(f"step {step} was to be undone, and {str(root)!r} has no good checkpoint from before it; "
                            "set save_every_steps")
         return None
-    state.restore(load_checkpoint(good))
+    restore(state, good)
     state.stream.skipped, state.counters.rewinds, state.blamed = skipped, rewinds + 1, None
     if blamed is not None:
         state.stream.skip(*blamed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .callbacks import Callback, Run
 from .ops.adamw import AdamW
+from .shards import exchange, is_shard, local, part_like
 from .state import TrainState
 from .utils import unwrap
 
@@ -45,14 +46,14 @@ class EMA(Callback):
             if saved is not None and saved.shape != p.shape:
                 raise ValueError(f"EMA: the saved average of {name!r} is {tuple(saved.shape)}, the parameter "
                                  f"{tuple(p.shape)}")
-            self.averages[name] = (p if saved is None else saved).detach().to(p.device, p.dtype, copy=True)
+            self.averages[name] = p.detach().clone() if saved is None else part_like(saved.to(p.dtype), p)
 
     @torch.no_grad()
     def on_step(self, state: TrainState) -> None:
         if state.step % self.every_steps:
             return
-        averages: list[Tensor] = list(self.averages.values())
-        parameters: list[Tensor] = list(self._parameters.values())
+        averages: list[Tensor] = [local(average) for average in self.averages.values()]
+        parameters: list[Tensor] = [local(p) for p in self._parameters.values()]
         weight = 1.0 - self.decay**self.every_steps
         optimizer = state.optimizer
         if state.pending is None:  # the verdict on this step is known: a refused one is no update
@@ -70,14 +71,20 @@ class EMA(Callback):
     def swapped(self) -> Iterator[None]:
         """Inside, the parameters hold their averages; afterwards their own values again."""
         pairs = [(p, self.averages[name]) for name, p in self._parameters.items()]
-        own = [p.data for p, _ in pairs]
-        for p, average in pairs:
+        spread = [pair for pair in pairs if is_shard(pair[0])]
+        whole = [pair for pair in pairs if not is_shard(pair[0])]
+        own = [p.data for p, _ in whole]
+        for p, average in whole:
             p.data = average
+        for p, average in spread:
+            exchange(p, average)
         try:
             yield
         finally:
-            for (p, _), data in zip(pairs, own):
+            for (p, _), data in zip(whole, own):
                 p.data = data
+            for p, average in spread:
+                exchange(p, average)
 
     def state_dict(self) -> dict[str, Any]:
         return {"averages": dict(self.averages)}
@@ -86,7 +93,7 @@ class EMA(Callback):
         saved = {name: value.clone() for name, value in state["averages"].items()}
         for name, value in saved.items():  # in the middle of a run (a rewind): on the parameter's device
             own = self.averages.get(name)
-            self.averages[name] = value if own is None else value.to(own.device)
+            self.averages[name] = value if own is None else part_like(value, own)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
+from .distributed import ALONE, Team
 from .state import TrainState
 from .utils import Interrupted
 
@@ -61,12 +62,16 @@ class Run:
     """(FLOP/s that the device could do, what that is), where it is known."""
     checkpoint: Callable[[], Path | None] = lambda: None
     """The newest checkpoint of the run."""
+    team: Team = ALONE
+    """The ranks of the run. Deciders run on every rank, observers on rank 0 alone; `directory` is None on others."""
 
 
 class Callback:
     """Base with every hook empty. `observer = True` promises that the run does not depend on it."""
 
     observer = False
+    collective = False
+    """An observer that runs on every rank all the same, because it asks all of them for something (generation)."""
 
     def on_train_start(self, state: TrainState, run: Run) -> None:
         """Once, before the first step, after a checkpoint was restored."""
@@ -262,6 +267,7 @@ class SampleText(Callback):
     `samples.jsonl`. Training is not disturbed: the same weights come out with or without it."""
 
     observer = True
+    collective = True
 
     def __init__(self, prompts: str | Sequence[str], *, every_steps: int = 0, **options: Any) -> None:
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)

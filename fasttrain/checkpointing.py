@@ -32,6 +32,8 @@ from fasttrain.manifest import (
     seal_manifest,
     step_directory_name,
 )
+from fasttrain.shard_files import RANK_TREE, SharedSave
+from fasttrain.shards import joined
 from fasttrain.storage import (
     CheckpointSpaceError,
     DirectoryInUseError,
@@ -99,7 +101,7 @@ def save_checkpoint(root: Path | str, step: int, trees: Mapping[str, Tree], *, m
         CheckpointSpaceError: an OSError; too little room, found before writing or while writing.
         OSError: anything else the file system says.
     """
-    return write_snapshot(root, step, snapshot_trees(trees), metadata=metadata)
+    return write_snapshot(root, step, snapshot_trees(trees), metadata=dict(metadata))
 
 
 def snapshot_trees(trees: Mapping[str, Tree]) -> Snapshot:
@@ -118,8 +120,10 @@ def snapshot_trees(trees: Mapping[str, Tree]) -> Snapshot:
     return snapshot
 
 
-def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata: Mapping[str, JSON]) -> Path:
-    """Writes what `snapshot_trees` took; see `save_checkpoint`."""
+def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata: dict[str, JSON],
+                   shared: SharedSave | None = None) -> Path:
+    """Writes what `snapshot_trees` took; see `save_checkpoint`. With `shared`, other ranks write their trees too, and
+    `metadata["finite"]` holds for all."""
     root = Path(root)
     final = root / step_directory_name(step)
     parents = [_step_of(path) for path in list_checkpoints(root) if _step_of(path) < step]
@@ -133,9 +137,16 @@ def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata:
     require_space(root, needed)
     with private_directory(root, needed) as private:
         with open_directory(private) as directory:
+            if shared is not None:
+                shared.announce(private)
             trees = write_trees(directory, snapshot.trees)
+            budget = replace(snapshot.budget)
+            if shared is not None:
+                others = shared.collect(metadata)
+                budget.left += sum(entry.tensor_file.size for entry in others.values() if entry.tensor_file is not None)
+                trees.update(others)
             sealed = seal_manifest(replace(draft, trees=trees))
-            replace(snapshot.budget).take_text(sealed, MANIFEST_NAME, trees=2)
+            budget.take_text(sealed, MANIFEST_NAME, trees=2)
             write_file(directory, MANIFEST_NAME, [sealed])
             os.fsync(directory)
         with serialized(root):
@@ -144,11 +155,17 @@ def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata:
 
 
 def load_checkpoint(path: Path | str, names: Iterable[str] | None = None, *,
-                    map_location: torch.device | str = "cpu") -> dict[str, Tree]:
+                    map_location: torch.device | str = "cpu", whole: bool = True,
+                    hashed: bool = True) -> dict[str, Tree]:
     """The trees `names` (None: all) of the checkpoint at `path`, verified before anything is returned.
 
     CPU tensors are private mappings of the files: pages are read when touched, writing to them changes memory only, and
     they stay valid when the checkpoint is pruned. Tied tensors come back as one tensor.
+
+    Args:
+        whole: tensors that the ranks of a run wrote in parts are put together, in memory; False: they come as
+            `shards.Pieces`, of which any part can be copied from the files.
+        hashed: False trusts another rank that has verified the files.
 
     Raises:
         CheckpointError: damaged, incomplete or hostile; names the file and, where it can be told, the tensor.
@@ -159,8 +176,13 @@ def load_checkpoint(path: Path | str, names: Iterable[str] | None = None, *,
         for name in wanted:
             if name not in manifest.trees:
                 raise ValueError(f"{str(path)!r} has no tree {name!r}; it has {sorted(manifest.trees)}")
+        ranks = [name for name in manifest.trees if name.startswith(RANK_TREE)]
         with _naming(Path(path)):
-            trees = {name: read_tree(directory, name, manifest.trees[name], budget) for name in wanted}
+            trees = {name: read_tree(directory, name, manifest.trees[name], budget, hashed=hashed)
+                     for name in dict.fromkeys([*wanted, *ranks])}
+            if ranks:
+                parts = [trees[name].pop("parts") for name in ranks]
+                trees = joined({name: trees[name] for name in wanted}, parts, whole=whole)
     device = torch.device(map_location)
     return trees if device.type == "cpu" else {
         name: transform_tensors(tree, lambda tensor: tensor.to(device)) for name, tree in trees.items()}
@@ -194,8 +216,9 @@ def read_manifest(path: Path | str) -> Manifest:
         return manifest
 
 
-def verify_checkpoint(path: Path | str, *, from_disk: bool = False) -> list[str]:
-    """Reads and hashes everything, as loading does; returns the problems by file and tensor (empty: sound).
+def verify_checkpoint(path: Path | str, *, from_disk: bool = False, names: Iterable[str] | None = None) -> list[str]:
+    """Reads and hashes everything (of the trees `names`), as loading does; returns the problems by file and tensor
+    (empty: sound).
 
     With `from_disk` the kernel is asked to forget its cached copy first, so that the disk itself has to answer.
     """
@@ -203,6 +226,8 @@ def verify_checkpoint(path: Path | str, *, from_disk: bool = False) -> list[str]
     try:
         with _opened(Path(path)) as (directory, manifest, budget):
             for name, entry in manifest.trees.items():
+                if names is not None and name not in names:
+                    continue
                 try:
                     read_tree(directory, name, entry, budget, from_disk=from_disk)
                 except (ValueError, OSError) as error:

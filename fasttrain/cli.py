@@ -81,7 +81,8 @@ _DEFAULTS = TrainConfig(max_steps=1000, warmup_steps=50, lr=1e-3, min_lr=1e-4, e
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Trains a GPT on text. The same command again continues where it was."""
+    """Trains a GPT on text. The same command again continues where it was; `torchrun --nproc-per-node N -m fasttrain
+    train ...` trains on N processes."""
 
     out: Path
     """Directory of the run: checkpoints, metrics.jsonl, loss.png."""
@@ -106,6 +107,8 @@ class Train:
             use_amp=True if self.config.precision == "auto" else None,
         )
         result = trainer.train()
+        if not trainer.team.leads:
+            return result.exit_code
         report = {
             "validation loss": "none" if result.val_loss is None else f"{result.val_loss:.4f} nats per token",
             "run": str(self.out),

@@ -39,7 +39,7 @@ Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 StateDtype = Literal["float32", "bfloat16", "int8"]
 NonfinitePolicy = Literal["skip", "stop"]
-Parallel = Literal["auto", "none"]
+Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 FilterOrder = Literal["hf", "llama.cpp", "vllm"]
 PenaltyScope = Literal["auto", "all", "new"]
 EarlyStopping = Literal["first", "heuristic", "never"]
@@ -125,7 +125,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of weights, data order and dropout."""
     parallel: Parallel = "auto"
-    """How the model is spread over processes."""
+    """How the model is spread over torchrun's processes. ddp: each holds all of it; fsdp: a part of every parameter,
+    gradient and moment; hsdp: fsdp within a machine; none: each process by itself; auto: ddp where it fits."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .callbacks import Callback, Run
+from .distributed import Team
 from .state import TrainState
 
 _COMMANDS = "save, evaluate, sample PROMPT, stop, lr FACTOR"
@@ -41,21 +42,27 @@ class ControlFile(Callback):
     def on_train_start(self, state: TrainState, run: Run) -> None:
         self._run = run
         if self.path is None:
+            if run.directory is None and not run.team.leads:
+                return  # rank 0 looks
             if run.directory is None:
                 raise ValueError("ControlFile has no place to look; pass ControlFile(path) or checkpoint_dir= to the "
                                  "Trainer")
             self.path = run.directory / "control"
 
     def on_step(self, state: TrainState) -> None:
-        now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + self.poll_seconds
-        for line in self._take_lines():
+        assert self._run is not None
+        for line in self._lines_of_rank_0(self._run.team):
             outcome = self._obey(state, line)
-            assert self._run is not None
             self._run.log(f"control at step {state.step}: {line}: {outcome}")
             self._run.report("control", {"command": line, "outcome": outcome})
+
+    def _lines_of_rank_0(self, team: Team) -> list[str]:
+        lines: list[str] = []
+        now = time.monotonic()
+        if team.leads and now >= self._next_look:
+            self._next_look = now + self.poll_seconds
+            lines = self._take_lines()
+        return lines if team.is_alone else team.tell("\n".join(lines)).splitlines()
 
     def _take_lines(self) -> list[str]:
         assert self.path is not None

@@ -33,6 +33,7 @@ from .corpus import (
     split_documents,
     spool_stdin,
 )
+from .dealing import PASSED
 from .permutation import Indices, permute
 from .prefetch import prefetch
 from .storage import make_directory
@@ -168,19 +169,26 @@ class TokenLoader:
         return len(self._starts(0))
 
     def __iter__(self) -> Generator[Batch, None, None]:
+        return self.deal(0, 1)
+
+    def deal(self, first: int, every: int) -> Generator[Any, None, None]:
+        """`iter()` for one of `every` ranks that share this order: the batches at places first, first + every, ... from
+        here on, and `dealing.PASSED` in place of the others, which are not made."""
         epoch, num_samples = self.epoch, len(self.dataset)
         starts = self._starts(self.index)
         taken = self.batch_size * self.world_size
         # Closed when the caller leaves the loop early, so that the thread ends with it.
-        with closing(prefetch(self._assembler(epoch), starts, self.num_prefetch)) as batches:
-            for start, batch in zip(starts, batches, strict=True):
+        with closing(prefetch(self._assembler(epoch), starts[first::every], self.num_prefetch)) as batches:
+            for place, start in enumerate(starts):
+                batch = next(batches) if place % every == first else PASSED
                 self.epoch, self.index = epoch, min(start + taken, num_samples)
                 yield batch
         self.epoch, self.index = epoch + 1, 0
 
-    def from_start(self, epoch: int = 0) -> Generator[Batch, None, None]:
-        """A whole epoch from its first sample, without reading or moving the position: for evaluation."""
-        return prefetch(self._assembler(epoch), self._starts(0), self.num_prefetch)
+    def from_start(self, epoch: int = 0, first: int = 0, every: int = 1) -> Generator[Batch, None, None]:
+        """A whole epoch from its first sample (of it, the batches at places first, first + every, ...), without reading
+        or moving the position: for evaluation."""
+        return prefetch(self._assembler(epoch), self._starts(0)[first::every], self.num_prefetch)
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of that epoch; naming the current one keeps the place in it, as a resumed run needs."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch_stream import peek_batches
 from .batches import num_rows, split_rows, to_device
+from .dealing import END, PASSED, batches_per_turn, deal, dealt_from_start
+from .distributed import ALONE, Team
 from .heads import OutputHead, linear_head
 from .losses import IGNORE, LossFunction, call_model, flat_logits, hidden_states, split_batch
 from .ops import cross_entropy
@@ -52,9 +56,6 @@ class Pieces:
     count: int = 1
 
 
-_END: Any = object()
-
-
 class EvaluationInterrupted(Interrupted):
     """A signal came during an evaluation; there is no result."""
 
@@ -64,7 +65,7 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
              autocast: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
              bytes_per_token: float | None = None, interrupted: Callable[[], bool] | None = None,
              waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-             pieces: Pieces | None = None) -> EvalResult:
+             pieces: Pieces | None = None, team: Team = ALONE, within: Callable[..., Any] | None = None) -> EvalResult:
     """Scores `model` on every batch of `dataloader` (the first `max_batches` if positive).
 
     Args:
@@ -75,6 +76,8 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
         interrupted: asked after each batch; true raises EvaluationInterrupted.
         waiting: a context around each wait for a batch, such as `Interruption.breakable`.
         pieces: remembers over calls that batches had to be divided because memory ran out.
+        team: the ranks that score the data together: each batch is scored by one of them, and all get the result.
+        within: calls a function where the model's parameters can be read (see `replicas.Spread`).
 
     `dataloader` may be a mapping of names to loaders: each is scored (with `max_batches` of its own), the result's
     `sets` holds them all, and its own figures are those of the first.
@@ -88,34 +91,45 @@ def evaluate(model: nn.Module, dataloader: Iterable[Any], *, loss_fn: LossFuncti
     if isinstance(dataloader, Mapping):
         if not dataloader:
             raise ValueError("the evaluation data is an empty mapping; it must hold at least one named loader")
-        results = {name: evaluate(model, loader, loss_fn=loss_fn, max_batches=max_batches, device=device,
-                                  autocast=autocast, bytes_per_token=bytes_per_token, interrupted=interrupted,
-                                  waiting=waiting, pieces=pieces) for name, loader in dataloader.items()}
+        options: dict[str, Any] = {
+            "loss_fn": loss_fn, "max_batches": max_batches, "device": device, "autocast": autocast,
+            "bytes_per_token": bytes_per_token, "interrupted": interrupted, "waiting": waiting, "pieces": pieces,
+            "team": team, "within": within}
+        results = {name: evaluate(model, loader, **options) for name, loader in dataloader.items()}
         return dataclasses.replace(next(iter(results.values())), sets=results)
     place = torch.device(device) if device is not None else device_of(model)
     pieces = pieces if pieces is not None else Pieces()
     context = autocast if autocast is not None else contextlib.nullcontext
     sums = _Sums(place)
+    scorer = _score if within is None else functools.partial(within, _score)
+    turn = batches_per_turn(dataloader, team.world_size)
     with preserve_rng(), _eval_mode(model), _position_kept(dataloader), torch.no_grad():
         seed_all(0)
-        batches = 0
-        with _from_start(dataloader) as source:
+        batches, mine = 0, None
+        with _from_start(dataloader, team.rank if turn > 1 else 0, turn) as source:
             iterator = iter(source)
             while True:
                 with waiting():
-                    batch = next(iterator, _END)
-                if batch is _END:
+                    batch = next(iterator, END)
+                if batch is END:
                     break
-                with context():
-                    _add_divided(sums, model, to_device(batch, place), loss_fn, pieces)
+                if batch is not PASSED:
+                    mine = batch
+                    with context():
+                        _add_divided(sums, scorer, model, to_device(batch, place), loss_fn, pieces)
                 batches += 1
                 if batches == max_batches:
                     break
-                if interrupted is not None and interrupted():
+                if interrupted is not None and batches % turn == 0 and interrupted():
                     raise EvaluationInterrupted
         if not batches:
             raise ValueError(f"the evaluation data ({type(dataloader).__name__}) yields no batch; check its length "
                              "against batch_size and drop_last")
+        if within is not None and 0 < batches % turn <= team.rank:  # the others wait for our part of the model
+            with context():
+                scorer(model, to_device(peek_batches(dataloader, 1)[0] if mine is None else mine, place), loss_fn,
+                       sums.loss.dtype)
+        sums.add_up(team)
     if bytes_per_token is None:
         bytes_per_token = getattr(getattr(dataloader, "dataset", None), "bytes_per_token", None)
     return sums.result(bytes_per_token)
@@ -139,6 +153,14 @@ class _Sums:
         else:
             self.correct += correct
 
+    def add_up(self, team: Team) -> None:
+        """The sums of all ranks."""
+        if not team.is_alone:
+            totals = torch.stack([self.loss, self.targets.to(self.loss.dtype), self.correct.to(self.loss.dtype)])
+            team.sum_tensors([totals], "summing an evaluation")
+            self.loss, self.targets, self.correct = totals[0], totals[1].long(), totals[2].long()
+            self.has_accuracy = not team.agree([float(not self.has_accuracy)])[0]
+
     def result(self, bytes_per_token: float | None) -> EvalResult:
         num_targets = int(self.targets)  # the one device read of an evaluation
         if num_targets == 0:
@@ -157,11 +179,12 @@ Score = tuple[Tensor, Tensor, "Tensor | None"]
 """Loss sum, number of targets, number of right first choices (None: unknown) of one batch."""
 
 
-def _add_divided(sums: _Sums, model: nn.Module, batch: Any, loss_fn: LossFunction | None, pieces: Pieces) -> None:
+def _add_divided(sums: _Sums, scorer: Callable[..., Score], model: nn.Module, batch: Any, loss_fn: LossFunction | None,
+                 pieces: Pieces) -> None:
     """Adds a batch's score, divided into pieces where the whole does not fit; nothing is added before all is known."""
     while True:
         try:
-            scores = [_score(model, piece, loss_fn, sums.loss.dtype) for piece in split_rows(batch, pieces.count)]
+            scores = [scorer(model, piece, loss_fn, sums.loss.dtype) for piece in split_rows(batch, pieces.count)]
             break
         except Exception as error:
             if not is_out_of_memory(error) or 2 * pieces.count > num_rows(batch):
@@ -218,13 +241,14 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _from_start(dataloader: Any) -> Iterator[Iterable[Any]]:
+def _from_start(dataloader: Any, first: int, every: int) -> Iterator[Iterable[Any]]:
+    """One pass from the start; with `every` > 1 the batches at places first, first + every, ..., PASSED at others."""
     if hasattr(dataloader, "from_start"):
-        batches = dataloader.from_start()
+        batches = dataloader.from_start() if every == 1 else dealt_from_start(dataloader, first, every)
     else:
         if hasattr(dataloader, "set_epoch"):
             dataloader.set_epoch(0)
-        batches = iter(dataloader)
+        batches = iter(dataloader) if every == 1 else deal(dataloader, first, every)
     try:
         yield batches
     finally:

@@ -107,7 +107,7 @@ def seal_manifest(manifest: Manifest) -> bytes:
     body = dump_json({
         "format": FORMAT, "version": VERSION, "step": manifest.step, "parent_step": manifest.parent_step,
         "libraries": dict(manifest.libraries), "metadata": metadata,
-        "trees": {name: _tree_to_json(name, entry) for name, entry in manifest.trees.items()},
+        "trees": {name: tree_to_json(name, entry) for name, entry in manifest.trees.items()},
     })
     return b'{"sha256":"%s","manifest":%s}\n' % (hashlib.sha256(body).hexdigest().encode(), body)
 
@@ -136,11 +136,12 @@ def open_manifest(data: bytes, budget: ReadBudget | None = None) -> Manifest:
     _need(isinstance(trees, dict) and all(map(is_tree_name, trees)), "trees", trees, "a table of trees by name")
     metadata = unflatten_tree(body["metadata"], {}, "metadata")
     _need(isinstance(metadata, dict), "metadata", metadata, "a table")
-    entries = {name: _tree_from_json(name, entry) for name, entry in trees.items()}
+    entries = {name: tree_from_json(name, entry) for name, entry in trees.items()}
     return Manifest(step, parent, entries, metadata, libraries)
 
 
-def _tree_to_json(name: str, entry: TreeEntry) -> JSON:
+def tree_to_json(name: str, entry: TreeEntry) -> JSON:
+    """A tree's entry as it stands in the manifest."""
     files = {structure_file(name): entry.structure}
     if entry.tensor_file is not None:
         files[tensor_file(name)] = entry.tensor_file
@@ -150,7 +151,8 @@ def _tree_to_json(name: str, entry: TreeEntry) -> JSON:
     }
 
 
-def _tree_from_json(name: str, entry: JSON) -> TreeEntry:
+def tree_from_json(name: str, entry: JSON) -> TreeEntry:
+    """The inverse of `tree_to_json`; ValueError for anything of another form."""
     place = f"trees[{name!r}]"
     _need(isinstance(entry, dict) and set(entry) == {"files", "tensors"}, place, entry, "a table of files and tensors")
     files, tensors = entry["files"], entry["tensors"]

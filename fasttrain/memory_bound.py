@@ -25,6 +25,7 @@ class MemoryBound(Callback):
     """`malloc_trim` while less than 1/8 of the memory is available; said once a run. On the CPU, with glibc."""
 
     observer = True
+    collective = True  # each rank's own memory
 
     def __init__(self) -> None:
         self.times = 0

@@ -92,8 +92,9 @@ def preflight(state: TrainState, config: TrainConfig, parts: Parts, *, checkpoin
     """
     check_limits(config)
     loader = state.stream.loader
-    steps = planned_steps(config, loader)
-    check_intervals(config, loader, has_val=evaluate_one is not None, has_dir=checkpoint_dir is not None)
+    steps = planned_steps(config, loader, state.team.world_size)
+    check_intervals(config, loader, has_val=evaluate_one is not None, has_dir=checkpoint_dir is not None,
+                    world_size=state.team.world_size)
     warnings: list[str] = []
     loss, seconds, longest = None, None, None
     if not iter_is_self(loader):
@@ -106,7 +107,7 @@ def preflight(state: TrainState, config: TrainConfig, parts: Parts, *, checkpoin
     free = None if checkpoint_dir is None else _check_disk(checkpoint_dir, size, copies * size)
     if checkpoint_dir is not None and not config.keep_last and config.save_every_steps:
         warnings.append("keep_last=0 keeps every checkpoint: the room they take is not bounded")
-    saving = None if checkpoint_dir is None else try_checkpoint(state, checkpoint_dir, size)
+    saving = None if checkpoint_dir is None or not state.team.is_alone else try_checkpoint(state, checkpoint_dir, size)
     save_seconds, load_seconds = saving or (None, None)
     left = None if steps is None or seconds is None else _projected(
         config, max(0, steps - state.step), seconds, eval_seconds or 0.0, save_seconds or 0.0)
@@ -144,10 +145,11 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def check_intervals(config: TrainConfig, loader: Iterable[Any], *, has_val: bool, has_dir: bool) -> None:
+def check_intervals(config: TrainConfig, loader: Iterable[Any], *, has_val: bool, has_dir: bool,
+                    world_size: int = 1) -> None:
     """Refuses an interval that would never fire: what was asked for would silently not happen. A default that is longer
     than the run is no mistake of anybody's; a limit in tokens only bounds the steps from below."""
-    steps = planned_steps(dataclasses.replace(config, max_tokens=0), loader)
+    steps = planned_steps(dataclasses.replace(config, max_tokens=0), loader, world_size)
     needs = {"eval_every_steps": ("a val_dataloader", has_val), "save_every_steps": ("a checkpoint_dir", has_dir),
              "keep_every_steps": ("a checkpoint_dir", has_dir), "log_every_steps": ("", True)}
     defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .callbacks import Callback, Run
+from .shards import is_shard, local
 from .state import TrainState
 from .utils import unwrap
 
@@ -22,6 +23,7 @@ class Norms(Callback):
     """
 
     observer = True
+    collective = True  # each rank has a part of what is spread
 
     def __init__(self, *, depth: int = 2) -> None:
         if depth < 1:
@@ -29,6 +31,8 @@ class Norms(Callback):
         self.depth = depth
         self._run: Run | None = None
         self._squares: dict[str, Tensor] = {}
+        self._holders = 0
+        """Ranks among which each tensor is spread; 0: every rank has all."""
 
     def on_train_start(self, state: TrainState, run: Run) -> None:
         self._run = run
@@ -42,19 +46,23 @@ class Norms(Callback):
         count = state.window.num_targets
         assert count is not None
         for name, p in unwrap(state.model).named_parameters():
+            self._holders = p.device_mesh.size(-1) if is_shard(p) else 0  # type: ignore[attr-defined]
             part = ".".join(name.split(".")[: self.depth])
             self._add(f"weight/{part}", p)
             if p.grad is not None:  # the sum over the window's targets; the update will use their mean
                 self._add(f"gradient/{part}", p.grad, count)
 
     def _add(self, key: str, tensor: Tensor, count: Tensor | float = 1.0) -> None:
-        square = (torch.linalg.vector_norm(tensor, dtype=torch.float32) / count) ** 2
+        square = (torch.linalg.vector_norm(local(tensor), dtype=torch.float32) / count) ** 2
         self._squares[key] = self._squares[key] + square if key in self._squares else square
 
     def on_log(self, state: TrainState, record: Mapping[str, Any]) -> None:
         assert self._run is not None
         if self._squares:
-            self._run.report("norms", {key: float(square) ** 0.5 for key, square in self._squares.items()})
+            squares, team = [float(square) for square in self._squares.values()], self._run.team
+            if self._holders:  # the sum over all ranks counts each copy of the model once
+                squares = [square * self._holders / team.world_size for square in team.add(squares)]
+            self._run.report("norms", {key: square ** 0.5 for key, square in zip(self._squares, squares)})
         self._squares = {}
 
 

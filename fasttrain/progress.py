@@ -119,9 +119,14 @@ class Progress(Callback):
         figures = {"loss": f"{record['loss']:.4f}{smooth}", "lr": f"{record['lr']:.2e}",
                    "norm": f"{record['grad_norm']:.3f}", "speed": f"{format_count(round(rate))} tok/s",
                    "data wait": f"{waited / seconds:.0%}"}
+        ranks = record.get("ranks", 1)
+        if ranks > 1:
+            told = record["communication_seconds"] - before.get("communication_seconds", 0.0)
+            figures["each rank"] = f"{format_count(round(rate / ranks))} tok/s"
+            figures["communication"] = f"{told / seconds:.0%}"
         flops, peak = (self._run.flops_per_token, self._run.peak_flops) if self._run is not None else (None, None)
         if flops and peak:
-            figures["use"] = f"{rate * flops / peak[0]:.0%} {peak[1]}"
+            figures["use"] = f"{rate * flops / peak[0] / ranks:.0%} {peak[1]}"
         if record.get("memory_bytes"):
             figures["memory"] = format_bytes(record["memory_bytes"])
         if record["nonfinite_steps"]:
@@ -175,6 +180,7 @@ _REMEDIES = {
     "save": (0.1, "saving: raise save_every_steps"),
     "log": (0.05, "logging: raise log_every_steps, or use fewer writers"),
     "eval": (0.4, "evaluation: raise eval_every_steps, or set eval_max_batches"),
+    "communication": (0.3, "summing gradients over ranks: raise grad_accum_steps or the batch"),
     "startup": (0.5, "starting up: a longer run would make that small"),
 }
 

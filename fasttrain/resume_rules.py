@@ -1,5 +1,9 @@
 """What a changed config means for a run that is resumed: each field is taken, kept, or refused, by the rule below.
 
+The number of ranks is no field and may change at every resume: the samples go on in their order, and the generators of
+ranks from 1 on (dropout) then start anew from (seed, step, rank); as many ranks as wrote the checkpoint take theirs. A
+step that was left open is finished with whole turns of the new ranks.
+
 taken: the new value holds from the next step on. kept: the checkpoint's value holds, whatever the config says now.
 refused: the run does not start, because what is stored cannot become what is asked for.
 """

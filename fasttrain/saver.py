@@ -22,10 +22,14 @@ from torch import Tensor
 
 from .checkpointing import Snapshot, snapshot_trees, verify_checkpoint, write_snapshot
 from .config import TrainConfig
+from .distributed import ALONE, Team
+from .manifest import TreeEntry
 from .retention import prune_checkpoints
+from .shard_files import RANK_TREE, SharedSave
 from .state import TrainState
 from .storage import CheckpointSpaceError, free_bytes
-from .treefiles import describe
+from .treefiles import describe, read_tree
+from .trees import ReadBudget
 from .utils import available_memory_bytes, format_bytes
 
 
@@ -46,12 +50,13 @@ class CheckpointSaver:
         config: keep_last, keep_best, keep_every_steps, max_save_failures.
         log: prints a line.
         behind: False: every save is waited for.
+        team: the ranks that write each checkpoint together; all of them save, at the same steps.
     """
 
     observer = False
 
     def __init__(self, root: Path, config: TrainConfig, *, log: Callable[[str], None] = print,
-                 behind: bool = True) -> None:
+                 behind: bool = True, team: Team = ALONE) -> None:
         self.root, self.config, self.behind = root, config, behind
         self.newest: Path | None = None
         """The newest checkpoint that this saver made durable."""
@@ -59,7 +64,8 @@ class CheckpointSaver:
         """Saves that failed in a row."""
         self.on_saved: Callable[[Path], None] = lambda path: None
         """Called with the path of each finished checkpoint, by whoever collects it."""
-        self._log = log
+        self._log, self._team = log, team
+        self._shared: SharedSave | None = None
         self._arena = Arena()
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
@@ -77,6 +83,7 @@ class CheckpointSaver:
         else:
             wait = True
         outcome = self._outcome = Outcome(step)
+        self._shared = None if self._team.is_alone else SharedSave(self._team)
         self._thread = threading.Thread(target=self._work, args=(outcome, plain, dict(metadata)),
                                         name="fasttrain-save", daemon=True)  # a second signal must not wait for it
         self._thread.start()
@@ -115,6 +122,8 @@ class CheckpointSaver:
 
     def finish_quietly(self) -> None:
         """Waits for the last save while another error is on its way; what goes wrong is told."""
+        if self._shared is not None:
+            self._shared.give_up()
         try:
             self.collect(wait=True)
         except Exception as error:
@@ -123,16 +132,32 @@ class CheckpointSaver:
     def _work(self, outcome: Outcome, snapshot: Snapshot, metadata: dict[str, Any]) -> None:
         try:
             metadata["finite"] = _finite(snapshot)
-            path = write_snapshot(self.root, outcome.step, snapshot, metadata=metadata)
-            problems = verify_checkpoint(path, from_disk=True)
-            if problems:
-                raise OSError(f"{str(path)!r} reads back otherwise than it was written: {'; '.join(problems)}")
-            outcome.path = path
-            self._prune(path)
+            outcome.path = self._write(outcome.step, snapshot, metadata)
+            if self._team.leads:
+                self._prune(outcome.path)
         except OSError as error:
             outcome.error = self._explained(error, snapshot.num_bytes)
         except BaseException as error:  # not swallowed: raised at the next step
             outcome.error = error
+
+    def _write(self, step: int, snapshot: Snapshot, metadata: dict[str, Any]) -> Path:
+        shared = self._shared
+        if shared is not None and not self._team.leads:
+            return shared.write_part(self.root, snapshot.trees, metadata["finite"], _read_back)
+        name, problem = "", "it failed"
+        try:
+            path = write_snapshot(self.root, step, snapshot, metadata=metadata, shared=shared)
+            problems = verify_checkpoint(path, from_disk=True, names=snapshot.trees)
+            if problems:
+                raise OSError(f"{str(path)!r} reads back otherwise than it was written: {'; '.join(problems)}")
+            name, problem = path.name, ""
+            return path
+        except OSError as error:
+            problem = describe(error)
+            raise
+        finally:
+            if shared is not None:
+                shared.conclude(name, problem)
 
     def _prune(self, newest: Path) -> None:
         config = self.config
@@ -206,10 +231,17 @@ def _padded(size: int) -> int:
     return -(-size // 64) * 64
 
 
+def _read_back(directory: int, name: str, entry: TreeEntry) -> None:
+    size = 0 if entry.tensor_file is None else entry.tensor_file.size
+    read_tree(directory, name, entry, ReadBudget.of_size(size), from_disk=True)
+
+
 def _finite(snapshot: Snapshot) -> bool:
     """Whether every weight is finite (the sum of a tensor is not if one of its elements is not)."""
-    _, tensors = snapshot.trees.get("model", (b"", {}))
-    for tensor in tensors.values():
+    _, weights = snapshot.trees.get("model", (b"", {}))
+    parts = (tensor for name, (_, tensors) in snapshot.trees.items() if name.startswith(RANK_TREE)
+             for key, tensor in tensors.items() if key.startswith("parts/model/"))
+    for tensor in (*weights.values(), *parts):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))) \
                 and not bool(torch.isfinite(tensor.float()).all()):  # or the sum itself ran over
             return False

@@ -7,6 +7,7 @@ not here (the config, the tokenizer, where checkpoints lie) does not change whil
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .batch_stream import BatchStream
+from .distributed import ALONE, Team
+from .shards import Pieces, is_shard, overwrite, part_like
 from .utils import canonical_name, capture_rng, device_of, on_host, read_scalar, restore_rng, unwrap
 
 Trees = dict[str, Any]
@@ -150,6 +153,8 @@ class TrainState:
     scheduler: LRScheduler | None = None
     scaler: GradScaler | None = None
     callbacks: Sequence[Stateful] = ()
+    team: Team = ALONE
+    """The ranks that train this state together; all of it is the same on each, but its part of what is spread."""
     counters: Counters = field(default_factory=Counters)
     window: Window = field(default_factory=Window)
     pending: Pending | None = None
@@ -236,12 +241,15 @@ class TrainState:
         for name, parameter in module.named_parameters():
             saved = gradients.get(canonical_name(name))
             # A copy: the saved tensor may be a read-only view of the checkpoint's file, and gradients are added to.
-            parameter.grad = None if saved is None else saved.to(parameter.device, parameter.dtype, copy=True)
+            # Sums count once over all ranks, whose parts add up.
+            mine = is_shard(parameter) or self.team.leads
+            parameter.grad = part_like(saved, parameter).to(parameter.dtype) if mine and saved is not None else None
         if window:
-            device = device_of(module)
-            self.window.micro_step, self.window.most_targets = training["micro_step"], training["most_targets"]
-            self.window.loss_sum = window["loss_sum"].to(device, copy=True)
-            self.window.num_targets = window["num_targets"].to(device, copy=True)
+            device, counts = device_of(module), int(self.team.leads)
+            self.window.micro_step = max(1, training["micro_step"] // self.team.world_size)
+            self.window.most_targets = training["most_targets"] * counts
+            self.window.loss_sum = window["loss_sum"].to(device, copy=True) * counts
+            self.window.num_targets = window["num_targets"].to(device, copy=True) * counts
 
     def _restore_callbacks(self, saved: Sequence[Sequence[Any]]) -> None:
         """By class name and occurrence, so that adding or removing one callback leaves the others' state alone."""
@@ -254,7 +262,7 @@ class TrainState:
                     break
 
 
-def load_model(module: nn.Module, tree: Mapping[str, Tensor]) -> None:
+def load_model(module: nn.Module, tree: Mapping[str, Tensor | Pieces]) -> None:
     """Copies parameters and buffers in place; refuses the tensors of another model, naming the first that differs."""
     own = {canonical_name(name): tensor for name, tensor in module.state_dict().items()}
     for name in own:
@@ -268,7 +276,11 @@ def load_model(module: nn.Module, tree: Mapping[str, Tensor]) -> None:
     if extra:
         raise ValueError(f"the checkpoint holds {extra[0]!r}, which the model ({type(module).__name__}) lacks: it "
                          "belongs to another model; build the model that was trained")
-    module.load_state_dict({name: tree[canonical_name(name)] for name in module.state_dict()})
+    if any(is_shard(tensor) or isinstance(tree[name], Pieces) for name, tensor in own.items()):
+        for name, tensor in own.items():
+            overwrite(tensor, tree[name])
+    else:
+        module.load_state_dict({name: tree[canonical_name(name)] for name in module.state_dict()})
 
 
 def load_optimizer(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
@@ -278,6 +290,14 @@ def load_optimizer(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
     if sizes != saved_sizes:
         raise ValueError(f"the checkpoint's optimizer has parameter groups of {saved_sizes} tensors, this one of "
                          f"{sizes}; pass the optimizer that the run was started with")
-    state = {index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+    parameters = dict(zip(itertools.chain(*(group["params"] for group in saved)),
+                          itertools.chain(*(group["params"] for group in optimizer.param_groups))))
+
+    def owned(value: Any, p: Tensor) -> Any:
+        if isinstance(value, (Tensor, Pieces)) and is_shard(p) and value.shape == p.shape:
+            return part_like(value, p)
+        return value.whole() if isinstance(value, Pieces) else value.clone() if isinstance(value, Tensor) else value
+
+    state = {index: {key: owned(value, parameters[index]) for key, value in entry.items()}
              for index, entry in tree["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": saved})

@@ -20,12 +20,14 @@ def startup_rows(state: TrainState, config: TrainConfig, amp: AmpPolicy, resumed
                  optimizations: Sequence[Optimization], checked: PreflightReport | None) -> list[tuple[str, str]]:
     """What will run, in which precision, on what, and why. `config` has its accumulation resolved."""
     loader = state.stream.loader
-    steps, tokens = assembly.planned_steps(config, loader), assembly.tokens_per_step(config, loader)
+    ranks = state.team.world_size
+    steps, tokens = assembly.planned_steps(config, loader, ranks), assembly.tokens_per_step(config, loader, ranks)
     return [
         ("device", str(device_of(state.model))),
         ("precision", f"{str(amp.dtype).removeprefix('torch.')}: {amp.reason}"),
         ("parameters", assembly.describe_parameters(state.model)),
-        ("step", f"{config.grad_accum_steps} micro-batches" + (f", {tokens:,} tokens" if tokens else "")),
+        ("step", f"{config.grad_accum_steps} micro-batches" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+         + (f", {tokens:,} tokens" if tokens else "")),
         ("steps", f"{steps:,}" if steps else "until the data, max_tokens or max_seconds end the run"),
         ("optimizer", type(state.optimizer).__name__),
         ("resumed from", str(resumed_from or "nothing: a fresh run")),

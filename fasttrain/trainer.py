@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,33 @@ from . import assembly, summary
 from .amp import choose_policy
 from .averaging import averaged_weights
 from .batch_stream import BatchStream, peek_batches
-from .callbacks import Hooks, JsonlLogger, Run
-from .capsule import NonfiniteRecorder
+from .callbacks import Hooks, Run
 from .checkpointing import latest_checkpoint, list_checkpoints, load_checkpoint, read_manifest
 from .config import TrainConfig, load_config
+from .distributed import ALONE, join
 from .evaluation import EvalResult, Pieces, evaluate
 from .export import load_weights
 from .generation import generate
 from .losses import LossFunction, batch_loss, check_is_causal
-from .memory_bound import MemoryBound
 from .optimizations import Optimization, apply_optimizations, kept_memory, optimizer_switches
+from .parallel import spread_model
 from .preflight import PreflightReport, preflight
 from .progress import Progress, print_report
+from .replicas import Spread, Whole
 from .result import TrainResult
 from .resume_rules import compare_configs
 from .saver import CheckpointSaver
 from .schedules import build_scheduler
+from .session import Session
+from .shard_files import trees_of_rank
+from .sharding import prepare_optimizer
 from .state import TrainState, load_model
 from .storage import lock_directory
 from .throughput import flops_per_token, peak_flops
 from .tokenization import tokenizer_from_dict
-from .training_loop import Parts, fit, limit_reached, settle
+from .training_loop import Parts, settle
 from .tuning import tune
-from .utils import Interruption, PhaseClock, format_duration, seed_all, unwrap
+from .utils import Interruption, PhaseClock, format_duration, rank_seed, seed_all, unwrap
 from .verification import Verification, verify_batch_math, verify_resume
 
 __all__ = ["TrainResult", "Trainer"]
@@ -81,7 +85,8 @@ class Trainer:
         if scheduler is not None and optimizer is None:
             raise ValueError("scheduler was passed without the optimizer that it drives; pass optimizer= too")
         self.config: TrainConfig = load_config(config, TrainConfig)
-        self.model, self.device = assembly.place_model(model)
+        self.team = ALONE if self.config.parallel == "none" else join()
+        self.model, self.device = assembly.place_model(model, self.team)
         self.train_dataloader, self.val_dataloader = train_dataloader, val_dataloader
         self.optimizer, self.scheduler, self.loss_fn = optimizer, scheduler, loss_fn
         if loss_fn is None:
@@ -96,6 +101,8 @@ class Trainer:
         self.optimizations: list[Optimization] = []
         self.resumed_from: Path | None = None
         """The checkpoint directory whose state this trainer continues, or None."""
+        self.spread: Spread = Whole()
+        """How the model is spread over the ranks, decided when the state is built."""
         self.state: TrainState | None = None
         """Built at the first need; None until then."""
         self._checkpoint: Path | None = None
@@ -120,7 +127,7 @@ class Trainer:
         interruption, clock = Interruption(), PhaseClock()
         with contextlib.ExitStack() as stack:
             stack.enter_context(interruption.watch())
-            if self.checkpoint_dir is not None:
+            if self.checkpoint_dir is not None and self.team.leads:
                 self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_directory(self.checkpoint_dir))
             if self.config.deterministic:
@@ -129,7 +136,8 @@ class Trainer:
             state = self._ready_state(resume)
             if self.config.optimize == "auto" and not self._tuned:
                 self._tune(state)
-            state.stream.waiting = interruption.breakable
+            if self.team.is_alone:
+                state.stream.waiting = interruption.breakable
             stack.callback(setattr, state.stream, "waiting", contextlib.nullcontext)
             self._print_startup(state, self.preflight() if self.config.preflight else None)
             clock.mark("startup")
@@ -152,7 +160,7 @@ class Trainer:
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         options.update({name: value for name, value in given.items() if value is not None})
         with averaged_weights(self.callbacks):
-            return generate(unwrap(self.model), prompt, tokenizer=self.tokenizer, **options)
+            return self.spread.within(generate, unwrap(self.model), prompt, tokenizer=self.tokenizer, **options)
 
     def save_checkpoint(self) -> Path:
         """Writes the whole training state to `checkpoint_dir` and returns the checkpoint's directory."""
@@ -163,8 +171,8 @@ class Trainer:
             raise ValueError("save_checkpoint() saves a training state, and there is none without train_dataloader")
         state = self._built_state()
         settle(state, self._resolved(), Parts())
-        saver = self._saver or CheckpointSaver(self.checkpoint_dir, self.config, log=self.progress.log)
-        saver.save(state.step, state.capture(), self._metadata(state), wait=True)
+        saver = self._saver or CheckpointSaver(self.checkpoint_dir, self.config, log=self.progress.log, team=self.team)
+        saver.save(state.step, trees_of_rank(state.capture(), self.team), self._metadata(state), wait=True)
         if saver.newest is None or saver.failures:
             raise OSError(f"step {state.step} could not be saved in {str(self.checkpoint_dir)!r}: see the warning")
         self._checkpoint = saver.newest
@@ -181,7 +189,7 @@ class Trainer:
             raise ValueError(f"checkpoint {str(path)!r} is not a directory; pass a step-... directory or the "
                              "checkpoint_dir that holds them")
         if not path.name.startswith("step-"):
-            newest = latest_checkpoint(path, log=self.progress.log)
+            newest = self._newest(path)
             if newest is None:
                 raise ValueError(f"{str(path)!r} holds no checkpoint that verifies")
             path = newest
@@ -198,16 +206,20 @@ class Trainer:
         the disk, the limits and intervals. Raises where it cannot; changes nothing. `train()` does it by itself."""
         config = self._resolved()
         one = None if self.val_dataloader is None else lambda: self._evaluate(None, None, max_batches=1)
-        return preflight(self._built_state(), config, self._parts(), checkpoint_dir=self.checkpoint_dir,
+        state = self._built_state()
+        parts = dataclasses.replace(self._parts(), loss_fn=self.spread.loss(self.loss_fn or batch_loss, alone=True))
+        return preflight(state, config, parts, checkpoint_dir=self.checkpoint_dir,
                          evaluate_one=one,
                          num_eval_batches=assembly.eval_batches(self.val_dataloader, config.eval_max_batches))
 
     def verify_resume(self, steps: int = 4) -> Verification:
         """Proves on this model and data that a resumed run is the same run, bit for bit; puts everything back."""
+        assembly.check_alone(self.team, "verify_resume")
         return self._told(verify_resume(self._built_state(), self._resolved(), self._parts(), steps))
 
     def verify_batch_math(self, num_parts: int = 0) -> Verification:
         """Proves on this model and the first training batch that micro-batches give the gradients of the whole."""
+        assembly.check_alone(self.team, "verify_batch_math")
         batches = peek_batches(self.train_dataloader or (), 1)
         if not batches:
             raise ValueError("verify_batch_math() needs a train_dataloader that yields a batch and can be read again")
@@ -220,11 +232,11 @@ class Trainer:
         return outcome
 
     def _parts(self) -> Parts:
-        return Parts(loss_fn=self.loss_fn or batch_loss, autocast=self.amp.autocast)
+        return Parts(loss_fn=self.spread.loss(self.loss_fn or batch_loss), autocast=self.amp.autocast)
 
     @functools.cached_property
     def _with_accumulation(self) -> TrainConfig:
-        return assembly.resolve_accumulation(self.config, self.train_dataloader or ())
+        return assembly.resolve_accumulation(self.config, self.train_dataloader or (), self.team.world_size)
 
     def _resolved(self) -> TrainConfig:
         return self._with_accumulation
@@ -234,13 +246,18 @@ class Trainer:
             config, loader = self._resolved(), self.train_dataloader or ()
             model, self.optimizations = apply_optimizations(
                 self.model, config, self.device, own_loss=self.loss_fn is not None, loader=loader)
+            self.spread, how = spread_model(
+                model, config, self.team, lambda: self.amp.autocast(), self.optimizer, self.amp.needs_scaler)
             optimizer = self.optimizer or assembly.build_optimizer(self.model, config)
+            prepare_optimizer(optimizer, self.spread)
+            self.optimizations += [Optimization("parallel", not self.team.is_alone, how)]
             self.optimizations += optimizer_switches(optimizer)
             scheduler = self.scheduler or build_scheduler(
-                optimizer, config, assembly.planned_steps(config, loader) or 0)
-            stream = BatchStream(loader, max_epochs=config.max_epochs, log=self.progress.log)
+                optimizer, config, assembly.planned_steps(config, loader, self.team.world_size) or 0)
+            stream = BatchStream(loader, max_epochs=config.max_epochs, log=self.progress.log, team=self.team)
             stateful = [callback for callback in self.callbacks if hasattr(callback, "state_dict")]
-            self.state = TrainState(model, optimizer, stream, scheduler, self.amp.build_scaler(), stateful)
+            self.state = TrainState(model, optimizer, stream, scheduler, self.amp.build_scaler(), stateful, self.team)
+            self.spread.begin(self.state)
         return self.state
 
     def _ready_state(self, resume: str | Path | bool | None) -> TrainState:
@@ -250,16 +267,16 @@ class Trainer:
         if explicit:
             self.load_checkpoint(str(resume))
         root = self.checkpoint_dir
-        newest = None if root is None else latest_checkpoint(root, log=self.progress.log)
+        newest = self._newest(root)
         if fresh and not explicit:
             if newest is not None and resume:
                 self.load_checkpoint(newest)
-            elif newest is not None or (root is not None and list_checkpoints(root)):
+            elif newest is not None or (root is not None and self.team.leads and list_checkpoints(root)):
                 what = "" if newest is not None else ", none of which verifies"
                 raise ValueError(f"checkpoint_dir {str(root)!r} holds checkpoints{what}, and a fresh run would mix "
                                  "with them; choose another directory, move them away, or use resume='auto'")
             else:
-                seed_all(self.config.seed)
+                seed_all(rank_seed(self.config.seed, self.team.rank))
         elif newest is not None and read_manifest(newest).step > state.step:
             raise ValueError(f"the run would continue at step {state.step}, but checkpoint_dir {str(root)!r} holds "
                              f"{newest.name}, which the next resume would take instead; move it away or choose "
@@ -267,12 +284,18 @@ class Trainer:
         state.stop_reason = ""
         return state
 
+    def _newest(self, root: Path | None) -> Path | None:
+        """The newest good checkpoint, as rank 0 finds it."""
+        found = None if root is None or not self.team.leads else latest_checkpoint(root, log=self.progress.log)
+        name = self.team.tell("" if found is None else found.name)
+        return root / name if root is not None and name else None
+
     def _restore(self, state: TrainState, path: Path) -> None:
         metadata = read_manifest(path).metadata
         saved = metadata.get("config", {})
         changes = compare_configs(saved, self.config, own_optimizer=self.optimizer is not None)  # refuses, or tells
         self._adopt_metadata(metadata)
-        state.restore(load_checkpoint(path))
+        assembly.restore(state, path)
         for change in changes:
             self.progress.log(f"config changed since the checkpoint: {change}")
         if self.optimizer is None:
@@ -292,7 +315,7 @@ class Trainer:
                                            reason="as in the checkpoint", needs_scaler=saved == "torch.float16")
 
     def _evaluate(self, dataloader: Iterable[Any] | None, interruption: Interruption | None,
-                  max_batches: int | None = None) -> EvalResult:
+                  max_batches: int | None = None, asked: Callable[[], bool] | None = None) -> EvalResult:
         loader = dataloader if dataloader is not None else self.val_dataloader
         if loader is None:
             raise ValueError("evaluate() needs data: pass a dataloader, or Trainer(..., val_dataloader=...)")
@@ -300,57 +323,32 @@ class Trainer:
             return evaluate(unwrap(self.model), loader, loss_fn=self.loss_fn, device=self.device,
                             autocast=self.amp.autocast, pieces=self._eval_pieces,
                             max_batches=self.config.eval_max_batches if max_batches is None else max_batches,
-                            interrupted=None if interruption is None else interruption.__bool__,
+                            interrupted=asked, team=self.team,
+                            within=None if self.team.is_alone else self.spread.within,
                             waiting=contextlib.nullcontext if interruption is None else interruption.breakable)
 
     def _run(self, state: TrainState, interruption: Interruption, clock: PhaseClock) -> str:
-        config = self._resolved()
-        own = [kind() for kind in (JsonlLogger, NonfiniteRecorder, MemoryBound)
-               if not any(isinstance(callback, kind) for callback in self.callbacks)]
-        saver = None if self.checkpoint_dir is None else CheckpointSaver(
-            self.checkpoint_dir, self.config, log=self.progress.log)
-        self._saver = saver
-        hooks = Hooks([*self.callbacks, *own, *([saver] if saver else []), self.progress], log=self.progress.log)
-
-        def saved(path: Path) -> None:
-            self._checkpoint = path
-            hooks.fire("on_save", state, path)
-
-        def save() -> None:
-            assert saver is not None
-            last = bool(interruption or state.stop_reason or state.stream.end_reason) or limit_reached(
-                state, config, clock)  # nothing trains on meanwhile: no copy is needed
-            saver.save(state.step, state.capture(), self._metadata(state), wait=last)
-
-        parts = dataclasses.replace(
-            self._parts(), hooks=hooks, clock=clock,
-            evaluate=None if self.val_dataloader is None else lambda: self._evaluate(None, interruption),
-            save=None if saver is None else save, interrupted=interruption.__bool__,
-            rewind=None if saver is None else lambda: self._rewind(state, saver, hooks))
+        config, team, spread = self._resolved(), self.team, self.spread
+        session = Session(
+            state, config, self.config, self._parts(), team, spread, self.checkpoint_dir, self.callbacks, self.progress,
+            interruption, clock, None if self.val_dataloader is None else
+            lambda asked: self._evaluate(None, interruption if team.is_alone else None, asked=asked),
+            self._metadata, self._checkpoint)
         continued = self.resumed_from is not None or state.step > 0 or state.window.micro_step > 0
-        run = Run(config, self.checkpoint_dir, state.step if continued else None,
-                  assembly.planned_steps(config, self.train_dataloader or ()), self.progress.log,
-                  None if self.tokenizer is None else assembly.breakable_generation(
-                      unwrap(self.model), self.tokenizer, interruption, self.callbacks),
-                  lambda kind, details: hooks.fire("on_event", state, kind, details), self._loss,
-                  flops_per_token(self.model, assembly.batch_shape(self.train_dataloader or ())[1]),
-                  peak_flops(self.device, self.amp.dtype), lambda: self._checkpoint)
-        hooks.fire("on_train_start", state, run)
+        describe = functools.partial(
+            Run, config, self.checkpoint_dir if team.leads else None, state.step if continued else None,
+            assembly.planned_steps(config, self.train_dataloader or (), team.world_size), self.progress.log,
+            None if self.tokenizer is None else assembly.breakable_generation(
+                unwrap(self.model), self.tokenizer, interruption if team.is_alone else Interruption(), self.callbacks,
+                spread.within),
+            loss_fn=self._loss, peak_flops=peak_flops(self.device, self.amp.dtype),
+            flops_per_token=flops_per_token(self.model, assembly.batch_shape(self.train_dataloader or ())[1]),
+            checkpoint=lambda: session.checkpoint, team=team)
+        self._saver = session.saver
         try:
-            if saver is not None:
-                saver.on_saved = saved
-            status = fit(state, config, parts)
-            if saver is not None:
-                saver.collect(wait=True)
-        except BaseException as error:
-            if saver is not None and not isinstance(error, KeyboardInterrupt):  # a second signal leaves at once
-                saver.finish_quietly()
-            hooks.fire("on_exception", state, error)
-            raise
+            return session.run(lambda report: describe(report=report))
         finally:
-            self._saver = None
-        hooks.fire("on_train_end", state, status)
-        return status
+            self._saver, self._checkpoint = None, session.checkpoint
 
     def _metadata(self, state: TrainState) -> dict[str, Any]:
         return assembly.checkpoint_metadata(state, self.config, self.amp.dtype, self.tokenizer)
@@ -359,18 +357,11 @@ class Trainer:
         with self.amp.autocast():
             return (self.loss_fn or batch_loss)(model, batch)
 
-    def _rewind(self, state: TrainState, saver: CheckpointSaver, hooks: Hooks) -> None:
-        saver.collect(wait=True)
-        step = state.step
-        self._checkpoint = assembly.rewind(state, saver.root) or self._checkpoint
-        if state.step < step:
-            passed_over = [list(entry) for entry in state.stream.skipped]
-            details = {"from_step": step, "checkpoint": getattr(self._checkpoint, "name", None),
-                       "passed_over": passed_over}
-            hooks.fire("on_event", state, "rewind", details)
-
     def _tune(self, state: TrainState) -> None:
         self._tuned = True
+        if not self.team.is_alone:
+            self.progress.log("optimize='auto' tries nothing under several ranks, which might choose differently")
+            return
         batches = peek_batches(state.stream.loader, 1)
         if batches:
             state.model, decisions = tune(state.model, batches[0], self._parts(), log=self.progress.log)

@@ -45,6 +45,10 @@ from .utils import (
 __all__ = ["BatchStream", "Parts", "TrainState", "fit", "train_step"]
 
 
+def _nothing(state: TrainState) -> None:
+    """What one process has to agree on with others."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """The functions that a loop is assembled from; every default is the plain choice."""
@@ -61,6 +65,12 @@ class Parts:
     """Goes back to the last good checkpoint and passes over the batches since then that a callback blamed."""
     interrupted: Callable[[], Any] = bool
     """True once the process was asked to end; asked after every micro-batch. (`bool()` is False.)"""
+    agree: Callable[[TrainState], None] = _nothing
+    """Makes requests, the wish to stop, signals and the time the same on all ranks; called after each step."""
+    reduce: Callable[[TrainState], None] = _nothing
+    """Makes the window's loss, number of targets and gradients those of all ranks."""
+    norm: Callable[[list[Tensor]], Tensor] = global_norm
+    """The 2-norm of all gradients, for optimizers that do not compute it themselves."""
 
 
 def fit(state: TrainState, config: TrainConfig, parts: Parts | None = None) -> str:
@@ -84,6 +94,7 @@ def fit(state: TrainState, config: TrainConfig, parts: Parts | None = None) -> s
             interrupted = bool(parts.interrupted())
             break
         hooks.fire("on_step", state)
+        parts.agree(state)
         if state.take_request("rewind"):
             rewind(state, config, parts)
             continue
@@ -134,9 +145,10 @@ def train_step(state: TrainState, config: TrainConfig, parts: Parts) -> bool:
         clock.mark("forward_backward")
         if parts.interrupted() and window.micro_step < config.grad_accum_steps:
             return False
+    parts.reduce(state)
     parts.hooks.fire("on_gradients", state)
     settle(state, config, parts)  # the verdict on the step before decides this one's learning rate
-    apply_update(state, config)
+    apply_update(state, config, parts)
     if on_host(device):  # reading host memory waits for nothing, so there is no reason to lag behind
         settle(state, config, parts)
     clock.mark("optimizer")
@@ -196,7 +208,7 @@ def redo_in_smaller_pieces(state: TrainState, parts: Parts, problem: str) -> Non
         accumulate(state, parts, each)
 
 
-def apply_update(state: TrainState, config: TrainConfig) -> None:
+def apply_update(state: TrainState, config: TrainConfig, parts: Parts) -> None:
     """Turns the window's gradient sums into one update, unless loss or gradient are not finite."""
     window, optimizer = state.window, state.optimizer
     assert window.loss_sum is not None and window.num_targets is not None
@@ -205,7 +217,7 @@ def apply_update(state: TrainState, config: TrainConfig) -> None:
         optimizer.step(grad_scale=per_target, found_inf=refused)
         norm, skipped = optimizer.grad_norm, optimizer.last_found_inf
     else:
-        norm, skipped = _update_with_foreign_optimizer(state, config.max_grad_norm, per_target, refused)
+        norm, skipped = _update_with_foreign_optimizer(state, config.max_grad_norm, parts.norm, per_target, refused)
     optimizer.zero_grad(set_to_none=True)
     if norm is None or skipped is None:
         raise ValueError("no parameter that the optimizer holds received a gradient; check that the loss depends on "
@@ -228,7 +240,8 @@ def _judge(loss_sum: Tensor, num_targets: Tensor) -> tuple[Tensor | float, Tenso
     return num_targets.clamp(min=1).to(torch.float32).reciprocal(), refused.to(torch.float32)
 
 
-def _update_with_foreign_optimizer(state: TrainState, max_grad_norm: float, per_target: Tensor | float,
+def _update_with_foreign_optimizer(state: TrainState, max_grad_norm: float,
+                                   norm_of: Callable[[list[Tensor]], Tensor], per_target: Tensor | float,
                                    refused: Tensor | float) -> tuple[Tensor | None, Tensor | None]:
     """The same for any torch optimizer: they cannot be told to skip on the device, so the verdict is read here, one
     wait per step (free on the CPU)."""
@@ -240,7 +253,7 @@ def _update_with_foreign_optimizer(state: TrainState, max_grad_norm: float, per_
         raise ValueError("a parameter has a sparse gradient; use dense ones (Embedding(sparse=False))")
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = global_norm(grads) * per_target
+    norm = norm_of(grads) * per_target
     length = read_scalar(norm)
     skip = not math.isfinite(length) or bool(read_scalar(refused))
     if not skip:
@@ -308,6 +321,8 @@ def log(state: TrainState, config: TrainConfig, parts: Parts) -> None:
         "seconds": clock.elapsed(),
         "memory_bytes": peak_memory_bytes(device_of(state.model)),
         "phase_seconds": dict(clock.seconds),
+        "ranks": state.team.world_size,
+        "communication_seconds": state.team.seconds,
     }
     counters.interval_loss, counters.interval_targets, counters.interval_nonfinite = 0.0, 0, 0
     parts.hooks.fire("on_log", state, record)

@@ -97,10 +97,12 @@ def take_tree(budget: ReadBudget, name: str, text: bytes, tensors: Mapping[str, 
     budget.take(len(specs) * TENSOR_BYTES, f"tree {name!r}")
 
 
-def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *, from_disk: bool = False) -> Tree:
+def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *, from_disk: bool = False,
+              hashed: bool = True) -> Tree:
     """The tree `name` once its files are those that `entry` describes; ValueError or OSError says which is not.
 
-    Hashing, header and mapping use one descriptor, so the file that was verified is the file that is used.
+    Hashing, header and mapping use one descriptor, so the file that was verified is the file that is used. Without
+    `hashed` the tensors' bytes are not read: for a rank, once rank 0 has verified them.
     """
     file = structure_file(name)
     with naming_file(file), open_regular(directory, file) as descriptor:
@@ -116,7 +118,7 @@ def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *
         _check_size(descriptor, entry.tensor_file)
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        if hash_range(descriptor, 0, entry.tensor_file.size) != entry.tensor_file.sha256:
+        if hashed and hash_range(descriptor, 0, entry.tensor_file.size) != entry.tensor_file.sha256:
             raise ValueError(f"its SHA-256 is not the manifest's; {_locate_damage(descriptor, entry, budget)}")
         specs = read_header(descriptor, entry.tensor_file.size, budget)
         listed = {key: (item.dtype, item.shape) for key, item in entry.tensors.items()}

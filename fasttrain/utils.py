@@ -36,6 +36,11 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def rank_seed(seed: int, rank: int) -> int:
+    """The seed of a rank's own generators (dropout); rank 0's is the run's."""
+    return (seed + rank * 0x9E3779B97F4A7C15) % 2**63
+
+
 def capture_rng() -> dict[str, Tensor]:
     """The global generators' states as int64/uint8 tensors, ready for a checkpoint without pickle.
 
@@ -89,6 +94,8 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.agreed: float | None = None
+        """What `elapsed` says, where several processes have to see the same time."""
         self._start = self._last = time.perf_counter()
 
     def mark(self, phase: str) -> None:
@@ -97,7 +104,11 @@ class PhaseClock:
         self._last = now
 
     def elapsed(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the clock was made, as agreed if they were."""
+        return self.passed() if self.agreed is None else self.agreed
+
+    def passed(self) -> float:
+        """Seconds since the clock was made, by this process."""
         return time.perf_counter() - self._start
 
 

@@ -72,3 +72,12 @@ def test_callbacks_act_in_a_real_run(tmp_path: Path) -> None:
     text = run("examples/callbacks.py", "--out", tmp_path, "--steps", "60")
     assert "fastest interval" in text and "learning rate now" in text and "completed" in text
     assert {"metrics.csv", "metrics.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_one_script_trains_under_torchrun_and_goes_on_alone(tmp_path: Path) -> None:
+    text = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/train_parallel.py",
+               "--steps", "20", "--parallel", "fsdp", "--checkpoint-dir", tmp_path)
+    assert "2 ranks, step 20" in text and text.count("validation loss") == 1
+    text = run("examples/train_parallel.py", "--steps", "40", "--checkpoint-dir", tmp_path)
+    assert "step-00000020" in text and "1 ranks, step 40" in text
+    assert float(re.findall(r"validation loss ([\d.]+)", text)[-1]) < 2.5

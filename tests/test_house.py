@@ -29,6 +29,9 @@ LEVELS = [
         "permutation",
         "prefetch",
         "batches",
+        "dealing",
+        "distributed",
+        "shards",
         "repeats",
         "screens",
         "llama_weights",
@@ -36,6 +39,7 @@ LEVELS = [
     },
     {
         "amp",
+        "meta_init",
         "ops",
         "tokenization",
         "storage",
@@ -50,6 +54,7 @@ LEVELS = [
     },
     {"state", "corpus", "manifest", "result", "resume_rules", "truncation", "decoding", "heads", "vocab_shards"},
     {
+        "agreement",
         "callbacks",
         "losses",
         "token_store",
@@ -60,7 +65,7 @@ LEVELS = [
         "speculation",
         "vocab_parallel",
     },
-    {"beam_search"},
+    {"beam_search", "replicas", "shard_files"},
     {"generation_loop"},
     {
         "averaging",
@@ -78,9 +83,9 @@ LEVELS = [
         "scoring",
         "spikes",
     },
-    {"training_loop", "assembly", "retention", "capsule", "export"},
-    {"preflight", "verification", "saver", "tuning"},
-    {"summary", "report"},
+    {"training_loop", "assembly", "sharding", "retention", "capsule", "export"},
+    {"parallel", "preflight", "verification", "saver", "tuning"},
+    {"summary", "report", "session"},
     {"trainer"},
     {"cli"},
 ]

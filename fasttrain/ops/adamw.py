@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..shards import exchange, is_shard, local, spread_like
 from ..utils import on_host, read_scalar
 from ._adamw_kernels import Member, Terms, kernel_norm, kernel_update, takes
 from ._adamw_moments import MOMENTS, REMAINDER, SCALES, keep, new_moments, round_stochastically, wide_dtype, widened
@@ -39,6 +40,8 @@ class Shard(NamedTuple):
     """Index of its first element in the whole, row-major."""
     numel: int
     """Elements of the whole."""
+    whole_blocks: bool = True
+    """Whether all parts begin at multiples of 256 elements: int8 moments need that, and stay float32 without."""
 
 
 class AdamW(Optimizer):
@@ -87,8 +90,10 @@ class AdamW(Optimizer):
     rounding_seed: int
     """Key of the random bits of narrow moments, 0 unless set."""
     shards: dict[Tensor, Shard]
-    """Entries for parameters that are parts of larger ones, set before the first step: rounding and the choice of
-    what to compress then are those of the whole. Under int8, offsets should be multiples of 256, the block."""
+    """Entries for parameters that are parts of larger ones (DTensors), set before the first step: rounding and the
+    choice of what to compress then are those of the whole. State tensors are this rank's parts."""
+    norm_of_all: Callable[[Tensor], Tensor]
+    """The norm of this rank's gradients -> that of all ranks' parts; the identity unless set."""
 
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2, *, max_grad_norm: float | None = None,
@@ -109,6 +114,7 @@ class AdamW(Optimizer):
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.impl = "reference" if impl == "auto" and FORCED_IMPL == "reference" else impl
         self.state_dtype, self.master, self.rounding_seed, self.shards = state_dtype, master, 0, {}
+        self.norm_of_all = lambda norm: norm
         self.grad_norm = self.last_found_inf = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
                                   "maximize": False})
@@ -143,7 +149,7 @@ class AdamW(Optimizer):
         skip: Tensor | None = None
         skipped = False
         if not (self.max_grad_norm is None and grad_scale is None and found_inf is None):
-            norm = _norm(compiled, plain)
+            norm = self.norm_of_all(_norm(compiled, plain))
             if on_host(norm.device):
                 multiplier = self._guard_on_host(norm, grad_scale, found_inf)
                 skipped = multiplier is None
@@ -170,10 +176,14 @@ class AdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """PyTorch's form, with float32 moments where the state is int8: torch.optim.AdamW would misread the codes."""
         packed = super().state_dict()
+        parameters = list(self._parameters()) if self.shards else []
         for index, entry in packed["state"].items():
             if SCALES in entry:
                 plain = {key: value for key, value in entry.items() if key != SCALES}
-                packed["state"][index] = {**plain, **dict(zip(MOMENTS, widened(entry)))}
+                entry = packed["state"][index] = {**plain, **dict(zip(MOMENTS, widened(entry)))}
+            if parameters and is_shard(parameters[index]):
+                packed["state"][index] = {key: spread_like(value, parameters[index]) if value.dim() else value
+                                          for key, value in entry.items()}
         return packed
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -192,17 +202,16 @@ class AdamW(Optimizer):
             group["betas"] = tuple(group["betas"])
 
     def _loaded(self, p: Tensor, saved: Mapping[str, Any], index: int) -> dict[str, Any]:
-        shard = self._shard(p)
         state: dict[str, Any] = {"step": torch.tensor(float(saved["step"]), device=p.device)}
-        state |= new_moments(p, self.state_dtype, shard.numel)
-        m, v = (saved[key].to(p.device, wide_dtype(p)) for key in MOMENTS)
-        keep(state, m, v, seed=self.rounding_seed, parameter=index, offset=shard.offset)
+        state |= self._new_moments(p)
+        m, v = (local(saved[key]).to(p.device, wide_dtype(p)) for key in MOMENTS)
+        keep(state, m, v, seed=self.rounding_seed, parameter=index, offset=self._shard(p).offset)
         if self._has_remainder(p):  # torch's optimizer casts it to bfloat16, which is of no use
-            state[REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+            state[REMAINDER] = torch.zeros_like(local(p), dtype=torch.int16, memory_format=torch.preserve_format)
             if REMAINDER in saved and saved[REMAINDER].dtype == torch.int16:
-                state[REMAINDER].copy_(saved[REMAINDER])
+                state[REMAINDER].copy_(local(saved[REMAINDER]))
         if "ema" in saved:
-            state["ema"] = saved["ema"].to(p.device, p.dtype, copy=True)
+            state["ema"] = local(saved["ema"]).to(p.device, p.dtype, copy=True)
         return state
 
     @contextlib.contextmanager
@@ -214,7 +223,10 @@ class AdamW(Optimizer):
 
         def swap() -> None:
             for p in averaged:
-                p.data, self.state[p]["ema"] = self.state[p]["ema"], p.data
+                if is_shard(p):
+                    exchange(p, self.state[p]["ema"])
+                else:
+                    p.data, self.state[p]["ema"] = self.state[p]["ema"], p.data
 
         swap()
         try:
@@ -234,9 +246,13 @@ class AdamW(Optimizer):
     def _members(self) -> list[Member]:
         members, first = [], 0
         for number, group in enumerate(self.param_groups):
-            members += [Member(p, grad, self._state_of(p, grad), number, first + index,
-                               self._shard(p).offset if self.shards else 0)
-                        for index, p in enumerate(group["params"]) if (grad := p.grad) is not None]
+            if self.shards:
+                members += [Member(local(p), local(grad), self._state_of(p, grad), number, first + index,
+                                   self._shard(p).offset)
+                            for index, p in enumerate(group["params"]) if (grad := p.grad) is not None]
+            else:
+                members += [Member(p, grad, self._state_of(p, grad), number, first + index, 0)
+                            for index, p in enumerate(group["params"]) if (grad := p.grad) is not None]
             first += len(group["params"])
         return members
 
@@ -271,12 +287,17 @@ class AdamW(Optimizer):
             raise ValueError(f"AdamW: a parameter of shape {tuple(p.shape)} has a {kind}, which AdamW does not "
                              "support; use dense (Embedding(sparse=False)), real parameters")
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        state.update(new_moments(p, self.state_dtype, self._shard(p).numel))
+        own = local(p)
+        state.update(self._new_moments(p))
         if self._has_remainder(p):
-            state[REMAINDER] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+            state[REMAINDER] = torch.zeros_like(own, dtype=torch.int16, memory_format=torch.preserve_format)
         if self.ema_decay is not None:
-            state["ema"] = p.detach().clone(memory_format=torch.preserve_format)
+            state["ema"] = own.detach().clone(memory_format=torch.preserve_format)
         return state
+
+    def _new_moments(self, p: Tensor) -> dict[str, Tensor]:
+        shard = self._shard(p)
+        return new_moments(local(p), self.state_dtype, shard.numel if shard.whole_blocks else 0)
 
     def _guard_on_device(self, norm: Tensor, grad_scale: Tensor | float | None,
                          found_inf: Tensor | float | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,185 @@
+"""fsdp and hsdp: every parameter, gradient and moment spread over ranks by PyTorch's fully_shard, a block at a time.
+
+The root that is sharded is not the model but a module that calls any function with it: whatever the function does (a
+loss from the head's weight, an evaluation, a text), what lies outside of the blocks is there for as long as it runs.
+Left out: gradients of whole models (replicas.py), and checkpoints (shards.py, shard_files.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .dealing import blank
+from .distributed import Team
+from .losses import LossFunction
+from .meta_init import is_on_meta
+from .ops.adamw import AdamW, Shard, global_norm
+from .optimizations import repeated_blocks
+from .replicas import Spread, Whole, loss_of, share_weights, sum_window
+from .shards import first_element, is_shard, local
+from .state import TrainState
+from .utils import unwrap
+
+
+class Shards(Whole):
+    """fsdp and hsdp.
+
+    Args:
+        accumulated: micro-batches of a step; gradients are summed over ranks in the backward of the last.
+        autocast: the context of a forward pass.
+    """
+
+    def __init__(self, team: Team, model: nn.Module, name: str, accumulated: int,
+                 autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        from torch.distributed.fsdp import fully_shard  # takes a second, and one process does without
+
+        self.name, self._team, self._accumulated, self._autocast = name, team, accumulated, autocast
+        self._model = model
+        inner = unwrap(model)
+        if not is_on_meta(inner):
+            share_weights(team, inner)
+        mesh, self._groups = _mesh(team, name)
+        blocks = repeated_blocks(inner)
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        self._root: Any = fully_shard(_Root(model), mesh=mesh)
+        sharded: list[Any] = [self._root, *blocks]
+        for module in sharded:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other sum
+            module.set_custom_all_gather(_Gathering(team))
+            module.set_custom_reduce_scatter(_Scattering(team))
+        for block, following in itertools.pairwise(blocks):
+            block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+            following.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
+        self._summed = True
+        self._state: TrainState | None = None
+
+    def loss(self, inner: LossFunction, *, alone: bool = False) -> LossFunction:
+        def loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            window = None if self._state is None else self._state.window
+            last = alone or window is None or window.micro_step >= self._accumulated - 1
+            return self._passed(inner, batch, last)
+
+        self._inner = inner
+        return loss
+
+    def begin(self, state: TrainState) -> None:
+        self._state = state
+
+    def reduce(self, state: TrainState) -> None:
+        if not self._summed:  # the data ended inside the window: a pass that adds nothing carries the sums
+            with self._autocast():
+                loss_sum, _ = self._passed(self._inner, blank(state.window.drawn[-1].batch), True)
+            loss_sum.backward()  # type: ignore[no-untyped-call]
+        sum_window(self._team, state.window)
+
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        return self.norm_of_all(global_norm([local(grad) for grad in grads]))
+
+    def norm_of_all(self, norm: Tensor) -> Tensor:
+        """() float32: the norm of the whole gradient from that of this rank's rows."""
+        squares = norm.double().square()
+        for group in self._groups:
+            self._team.sum_within(squares, group)
+        return squares.sqrt().to(norm.dtype)
+
+    def within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._root(lambda _: function(*args, **kwargs))
+        finally:
+            self._root.reshard()  # no backward will
+
+    def _passed(self, inner: LossFunction, batch: Any, last: bool) -> tuple[Tensor, Tensor]:
+        root = self._root
+        root.set_requires_gradient_sync(last)
+        root.set_reshard_after_backward(last)  # inner micro-batches keep the parameters gathered
+        root.set_is_last_backward(last)
+        self._summed = last
+        sums: tuple[Tensor, Tensor] = root(lambda model: loss_of(inner, model, batch))
+        return sums
+
+
+class _Gathering:
+    """PyTorch's all-gather of a block's parameters: counted, and a rank that does not come is named."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _allocated(size, dtype, device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        self._team.bytes += output_tensor.nbytes
+        with self._team.calling("gathering parameters"):
+            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Scattering:
+    """The same for the sum of a block's gradients, of which each rank gets its rows."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _allocated(size, dtype, device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any,
+                 async_op: bool = False) -> Any:
+        self._team.bytes += input_tensor.nbytes
+        with self._team.calling("summing gradients"):
+            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+def _allocated(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Root(nn.Module):
+    """What fully_shard takes for the root: parameters outside of the blocks are gathered for as long as `function`
+    runs, so it may use them in any way (a loss from the head's weight)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        return function(self.model)
+
+
+def prepare_optimizer(optimizer: Any, spread: Spread) -> None:
+    """Tells our AdamW which part of each parameter it updates, so that rounding, compression and the norm are those of
+    the whole."""
+    if not isinstance(spread, Shards) or not isinstance(optimizer, AdamW):
+        return
+    optimizer.norm_of_all = spread.norm_of_all
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if is_shard(p):
+                rows = p.size(0) if p.dim() else 1
+                per_rank = -(-rows // p.device_mesh.size(-1)) * math.prod(p.shape[1:])
+                optimizer.shards[p] = Shard(first_element(p), p.numel(), per_rank % 256 == 0)
+
+
+def _mesh(team: Team, name: str) -> tuple[Any, list[Any]]:
+    """(the device mesh, the groups over which the parts of one whole are spread)."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if name == "fsdp":
+        mesh = init_device_mesh(team.device.type, (team.world_size,))
+        return mesh, [mesh.get_group()]
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if team.world_size % size or size == 1:
+        raise ValueError(f"parallel='hsdp' shards within a machine, and torchrun says LOCAL_WORLD_SIZE={size} of "
+                         f"{team.world_size}; it must divide it and be over 1: use parallel='fsdp'")
+    mesh = init_device_mesh(team.device.type, (team.world_size // size, size), mesh_dim_names=("copies", "parts"))
+    return mesh, [mesh["parts"].get_group()]

@@ -1,0 +1,414 @@
+"""Runs that must come out alike on any number of ranks, and the launcher that starts the ranks of one session.
+
+    torchrun --nproc-per-node 2 tests/rank_cases.py OUT CASE...
+
+runs the cases one after the other and writes each one's tensors to OUT/CASE.safetensors (rank 0). A test calls the same
+function in its own process and compares.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tiny_runs import LENGTH, VOCAB, plain_loader, tiny_trainer, token_loader, tokens
+from torch import Tensor, nn
+
+from fasttrain.averaging import EMA
+from fasttrain.callbacks import Callback, SampleText
+from fasttrain.models.gpt import GPT, GPTConfig
+from fasttrain.profiling import Norms
+from fasttrain.shards import gathered
+from fasttrain.state import TrainState
+
+ROOT = Path(__file__).parent.parent
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def gpt(hidden: int = 16, **options: Any) -> GPT:
+    torch.manual_seed(RANK)  # the others get rank 0's
+    return GPT(GPTConfig(**{"vocab_size": VOCAB, "num_layers": 2, "num_heads": 2, "hidden_size": hidden,
+                            "intermediate_size": hidden, "max_seq_len": LENGTH, "dropout": 0.0, **options}))
+
+
+def ragged(count: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Batches of different lengths with gaps in the labels."""
+    batches = []
+    for index in range(count):
+        x = tokens(2 * (LENGTH - index % 3), seed=index).view(2, -1)
+        batches.append((x, x.roll(-1, 1).masked_fill(x % (2 + index) == 0, -100)))
+    return batches
+
+
+def train(parallel: str, loader: Any, model: nn.Module | None = None, *, micro_batches: int = 4,
+          callbacks: Sequence[Any] = (), **config: Any) -> dict[str, Tensor]:
+    """Four micro-batches a step, whoever computes them; weights, moments, averages and figures afterwards."""
+    torch.manual_seed(123)
+    settings: dict[str, Any] = {
+        "max_steps": 5, "max_grad_norm": 0.5, "val_dataloader": token_loader(5, seed=9), "eval_every_steps": 2,
+        "grad_accum_steps": micro_batches // WORLD, **config}
+    trainer = tiny_trainer(None, loader, model or gpt(), callbacks=callbacks, parallel=parallel, **settings)
+    trainer.progress.stream = io.StringIO()
+    result = trainer.train()
+    assert trainer.state is not None
+    trees = gathered(trainer.state.capture(), keep=True)
+    found = {f"model/{name}": tensor for name, tensor in trees["model"].items()}
+    for index, entry in trees["optimizer"]["state"].items():
+        found.update({f"optimizer/{index}/{key}": value for key, value in entry.items() if isinstance(value, Tensor)})
+    for callback in callbacks:
+        if isinstance(callback, EMA):
+            found.update({f"ema/{name}": gathered(value, True) for name, value in callback.averages.items()})
+    figures = [result.train_loss, result.val_loss or 0.0, result.tokens_seen, result.step, result.nonfinite_steps]
+    found["figures"] = torch.tensor(figures, dtype=torch.float64)
+    return {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+
+
+class Heard(Callback):
+    """The norms of the first step, as they were reported."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_event(self, state: TrainState, kind: str, details: Any) -> None:
+        if kind == "norms":
+            self.norms = [details[key] for key in sorted(details)]
+
+
+def norms(parallel: str) -> dict[str, Tensor]:
+    heard = Heard()
+    found = train(parallel, token_loader(7), max_steps=1, log_every_steps=1, callbacks=[Norms(), heard])
+    return {**found, "norms": torch.tensor(heard.norms)}
+
+
+class StopOnLastRank(Callback):
+    """Asks for the end, and for nothing else, on the last rank alone."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, state: TrainState) -> None:
+        if state.step == self.step and RANK == WORLD - 1:
+            state.request_stop("the last rank wants to")
+
+
+class SignalOnLastRank(Callback):
+    """SIGTERM, to one process of the team."""
+
+    def on_step(self, state: TrainState) -> None:
+        if state.step == 3 and RANK == WORLD - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def broken_on_one_place(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Next-token loss, infinite for the batch that begins with token 3."""
+    from fasttrain.losses import batch_loss
+
+    loss_sum, num_targets = batch_loss(model, batch)
+    return loss_sum * torch.where(batch[0].flatten()[0] == 3, torch.inf, 1.0), num_targets
+
+
+def marked() -> list[tuple[Tensor, Tensor]]:
+    batches = [(x.clone(), y) for x, y in ragged(8)]
+    for index, (x, _) in enumerate(batches):
+        x[0, 0] = 3 if index == 5 else 1  # place 5: rank 1 of 2, in step 2
+    return batches
+
+
+def foreign(parallel: str) -> dict[str, Tensor]:
+    model = gpt()
+    return train(parallel, token_loader(7), model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+
+def sampled(parallel: str) -> dict[str, Tensor]:
+    """Generation in the middle of training takes all ranks and changes nothing."""
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) % VOCAB for letter in text]
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return "".join(chr(97 + token) for token in ids)
+
+    torch.manual_seed(123)
+    shown: list[str] = []
+    trainer = tiny_trainer(None, token_loader(7), gpt(), parallel=parallel, max_steps=4, grad_accum_steps=4 // WORLD,
+                           val_dataloader=token_loader(3), eval_every_steps=2,
+                           callbacks=[SampleText("ab", max_new_tokens=4, temperature=0.0)])
+    trainer.tokenizer = Letters()
+    trainer.progress.stream = io.StringIO()
+    trainer.progress.log = shown.append  # type: ignore[method-assign]
+    trainer.train()
+    text = trainer.generate_text("ab", max_new_tokens=4, temperature=0.0)
+    line = next(line for line in shown if line.startswith("sample at step 4")) if RANK == 0 else ""
+    assert RANK or line.endswith("ab" + text) or line.endswith(text), (line, text)
+    return {"text": torch.tensor([ord(letter) for letter in text])}
+
+
+def on_meta(parallel: str) -> dict[str, Tensor]:
+    """Built without memory; the weights are those of its own initialisation, whoever makes which part."""
+    with torch.device("meta"):
+        model = gpt()
+    return train(parallel, token_loader(7), model, seed=5, max_steps=2)
+
+
+def rounded(parallel: str) -> dict[str, Tensor]:
+    """Eight-bit moments of parameters over 4096 elements, whose random bits go by the place in the whole."""
+    return train(parallel, token_loader(7), gpt(64, num_heads=2), optimizer_state_dtype="int8", max_steps=4)
+
+
+def bfloat16_moments(parallel: str) -> dict[str, Tensor]:
+    return train(parallel, token_loader(7), gpt(), optimizer_state_dtype="bfloat16")
+
+
+def recorded(ledger: list[int], model: nn.Module, batch: Any, signal_at: int = 0) -> tuple[Tensor, Tensor]:
+    """Next-token loss that writes down which batch this was, and at the `signal_at`-th is sent SIGTERM."""
+    from fasttrain.losses import batch_loss
+
+    if signal_at and len(ledger) == signal_at - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    ledger.append(int((batch[0].flatten().double() * torch.arange(1, batch[0].numel() + 1)).sum()))
+    return batch_loss(model, batch)
+
+
+def session(folder: Path, parallel: str, steps: int, *, dropout: float = 0.0, state_dtype: str = "float32",
+            plain: bool = False, signal_at: int = 0) -> tuple[dict[str, Tensor], list[int]]:
+    """One session of a run of 6 steps of 4 batches in `folder`, ended after `steps`: (the whole state afterwards, which
+    batches this rank used)."""
+    ledger: list[int] = []
+    torch.manual_seed(123)
+    trainer = tiny_trainer(folder, plain_loader(7) if plain else token_loader(7), gpt(64, dropout=dropout),
+                           max_steps=steps, schedule="constant", warmup_steps=2, grad_accum_steps=4 // WORLD,
+                           parallel=parallel, save_every_steps=2, optimizer_state_dtype=state_dtype,
+                           loss_fn=functools.partial(recorded, ledger, signal_at=signal_at), callbacks=[EMA(0.9)])
+    trainer.progress.stream = io.StringIO()
+    trainer.train()
+    assert trainer.state is not None
+    trees = gathered(trainer.state.capture(), keep=True)
+    found = {f"model/{name}": tensor for name, tensor in trees["model"].items()}
+    for index, entry in trees["optimizer"]["state"].items():
+        found.update({f"optimizer/{index}/{key}": value for key, value in entry.items()})
+    averages = trees["training"]["callbacks"][0][1]["averages"]
+    found.update({f"ema/{name}": value for name, value in averages.items()})
+    return {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}, ledger
+
+
+def continued(parallel: str) -> dict[str, Tensor]:
+    """With dropout: 6 steps at once, and 3 steps and 3 more in a new trainer; the same bits on as many ranks."""
+    straight, whole = session(FOLDER / f"straight-{parallel}", parallel, 6, dropout=0.2)
+    _, first = session(FOLDER / f"parts-{parallel}", parallel, 3, dropout=0.2)
+    resumed, rest = session(FOLDER / f"parts-{parallel}", parallel, 6, dropout=0.2)
+    different = [name for name, tensor in straight.items() if not tensor.equal(resumed[name])]
+    assert not different, different
+    assert whole == first + rest
+    return {"equal": torch.ones(1)}
+
+
+def link(parallel: str) -> dict[str, Tensor]:
+    """One link of a chain of sessions: FOLDER/run, up to the step in FOLDER/steps."""
+    state, ledger = session(FOLDER / "run", parallel, int((FOLDER / "steps").read_text()), plain=True,
+                            state_dtype=(FOLDER / "dtype").read_text())
+    (FOLDER / f"ledger-{RANK}").write_text(" ".join(map(str, ledger)))
+    return state
+
+
+def doomed(parallel: str) -> dict[str, Tensor]:
+    """A run of 6 steps with a checkpoint every second, one of whose ranks gets a signal at a place in step 4: the
+    environment's DOOM is 'rank place signal'. Each rank appends the batches it used to a ledger of its own."""
+    import fasttrain.checkpointing
+    import fasttrain.distributed
+    import fasttrain.shard_files
+
+    rank, place, number = os.environ.get("DOOM", "-1 nowhere 0").split()
+    calls = {"forward": 0, "reduce": 0, "save": 0}
+
+    def struck(name: str, function: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            if int(rank) == RANK and name == place and calls[name] == at:
+                os.kill(os.getpid(), int(number))
+            return function(*args, **kwargs)
+
+        return call
+
+    team = fasttrain.distributed.Team
+    team.sum_tensors = struck("reduce", team.sum_tensors, 7)  # type: ignore[method-assign]
+    for module in (fasttrain.shard_files, fasttrain.checkpointing):
+        module.write_trees = struck("save", module.write_trees, 2)  # type: ignore[attr-defined]
+    ledger: list[int] = []
+    forward = struck("forward", functools.partial(recorded, ledger), 7)
+    trainer = tiny_trainer(FOLDER / "run", token_loader(7), gpt(), grad_accum_steps=4 // WORLD, parallel=parallel,
+                           save_every_steps=2, loss_fn=lambda model, batch: forward(model, batch))
+    result = trainer.train()
+    return {"step": torch.tensor([result.step, result.tokens_seen])}
+
+
+FOLDER = Path()
+
+CASES: dict[str, Callable[[str], dict[str, Tensor]]] = {
+    "tokens": lambda parallel: train(parallel, token_loader(7), callbacks=[EMA(0.9)]),
+    "plain": lambda parallel: train(parallel, plain_loader(7)),
+    "ragged": lambda parallel: train(parallel, ragged(), max_steps=0, max_epochs=3, val_dataloader=ragged(3)),
+    "global_batch": lambda parallel: train(parallel, token_loader(7), grad_accum_steps=1, global_batch_size=8),
+    "recomputed": lambda parallel: train(parallel, token_loader(7), activation_checkpointing="full"),
+    "amp": lambda parallel: train(parallel, token_loader(7), precision="bfloat16"),
+    "compiled": lambda parallel: train(parallel, token_loader(7), compile=True, max_steps=2),
+    "one_micro_batch": lambda parallel: train(parallel, token_loader(7), micro_batches=2),
+    "few_batches": lambda parallel: train(parallel, ragged(1), max_steps=0, max_epochs=3, val_dataloader=ragged(1)),
+    "stopped": lambda parallel: train(parallel, token_loader(7), callbacks=[StopOnLastRank(3)]),
+    "signalled": lambda parallel: train(parallel, token_loader(7), callbacks=[SignalOnLastRank()]),
+    "nonfinite": lambda parallel: train(parallel, marked(), loss_fn=broken_on_one_place, val_dataloader=None),
+    "norms": norms,
+    "foreign": foreign,
+    "sampled": sampled,
+    "meta": on_meta,
+    "int8": rounded,
+    "bf16_moments": bfloat16_moments,
+    "continued": continued,
+    "link": link,
+    "doomed": doomed,
+}
+
+
+def case(name: str) -> dict[str, Tensor]:
+    """'ragged-fsdp' -> that run."""
+    stem, _, parallel = name.rpartition("-")
+    return CASES[stem](parallel)
+
+
+class Nursery:
+    """A process that has imported everything and forks the ranks: a session then costs no start-up."""
+
+    def __init__(self) -> None:
+        path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--nursery"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+
+    def ask(self, **message: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+_STORES: list[Any] = []
+
+
+@functools.cache
+def nursery() -> Nursery:
+    return Nursery()
+
+
+def tend() -> None:
+    """The nursery's own loop: {"start": environment, "arguments": [...], "output": file} -> pid; {"poll": pid} -> its
+    exit code, negative for a signal, or null while it runs."""
+    codes: dict[int, int] = {}
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "start" in message:
+            answer = os.fork()
+            if not answer:
+                be_rank(message)
+        else:
+            pid = message["poll"]
+            if pid not in codes:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            answer = codes.get(pid)
+        print(json.dumps(answer), flush=True)
+
+
+def be_rank(message: dict[str, Any]) -> None:
+    output = os.open(message["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(message["start"])
+    code = 1
+    try:
+        code = main(message["arguments"]) or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+class Rank:
+    """A forked rank."""
+
+    def __init__(self, output: Path, arguments: Sequence[str | Path], environment: dict[str, str]) -> None:
+        self._output = output
+        self.pid: int = nursery().ask(start=environment, arguments=[str(part) for part in arguments],
+                                      output=str(output))
+
+    def poll(self) -> int | None:
+        code: int | None = nursery().ask(poll=self.pid)
+        return code
+
+    def wait(self, seconds: float) -> int | None:
+        end = time.monotonic() + seconds
+        while (code := self.poll()) is None and time.monotonic() < end:
+            time.sleep(0.02)
+        return code
+
+    def text(self) -> str:
+        return self._output.read_text()
+
+
+def start(world_size: int, folder: Path, *names: str, **environment: str) -> list[Rank]:
+    """The ranks of one session, with the environment that torchrun would give them; the store is here, as it is with
+    torchrun's agent."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _STORES.append(store)
+    shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(min(world_size, 2)), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", **environment}
+    return [Rank(folder / f"rank-{rank}.txt", [folder, *names], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world_size)]
+
+
+def finish(ranks: Sequence[Rank], timeout: float = 120.0) -> None:
+    """Waits for all; fails with what was printed if one did not end well."""
+    codes = [rank.wait(timeout) for rank in ranks]
+    for rank, code in zip(ranks, codes):
+        if code is None:
+            os.kill(rank.pid, signal.SIGKILL)
+    failed = [f"rank {index} ({codes[index]}): {rank.text()}" for index, rank in enumerate(ranks) if codes[index]
+              or codes[index] is None]
+    assert not failed, "\n".join(failed)
+
+
+@functools.cache
+def alone(name: str) -> dict[str, Tensor]:
+    """The same run in this process."""
+    return case(name.rpartition("-")[0] + "-auto")
+
+
+def main(arguments: Sequence[str]) -> int:
+    global FOLDER, WORLD, RANK
+    WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    FOLDER = Path(arguments[0])
+    for each in arguments[1:]:
+        outcome = case(each)
+        if RANK == 0:
+            save_file(outcome, FOLDER / f"{each}.safetensors")
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.modules["rank_cases"] = sys.modules["__main__"]
+    tend() if sys.argv[1] == "--nursery" else main(sys.argv[1:])

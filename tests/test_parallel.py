@@ -1,0 +1,136 @@
+"""N ranks equal one: the same batches, losses, weights, moments and averages, whatever spreads the model (gloo)."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_cases import alone, finish, gpt, ragged, start
+from safetensors.torch import load_file
+from tiny_runs import one_thread, plain_loader, tiny_trainer, token_loader  # noqa: F401
+
+from fasttrain.batch_stream import BatchStream
+from fasttrain.dealing import is_blank
+from fasttrain.utils import capture_rng, restore_rng
+
+TWO = [f"{name}-{parallel}" for parallel in ("ddp", "fsdp")
+       for name in ("tokens", "plain", "ragged", "recomputed", "few_batches", "stopped", "nonfinite", "foreign", "int8",
+                    "sampled")]
+TWO += ["one_micro_batch-ddp", "global_batch-ddp", "bf16_moments-fsdp", "amp-fsdp", "meta-fsdp", "meta-ddp"]
+TWO += ["norms-fsdp", "signalled-fsdp"]
+COMPILED = ["compiled-ddp", "compiled-fsdp"]
+FOUR = ["ragged-ddp", "norms-hsdp"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    for world_size, names in ((2, TWO), (4, FOUR)):
+        (folder / str(world_size)).mkdir()
+        finish(start(world_size, folder / str(world_size), *names))
+    return folder
+
+
+@pytest.mark.parametrize(("world_size", "name"), [*((2, name) for name in TWO), *((4, name) for name in FOUR)])
+def test_n_ranks_equal_one(results: Path, world_size: int, name: str) -> None:
+    compare(results / str(world_size), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_n_compiled_ranks_equal_one(tmp_path: Path, name: str) -> None:
+    finish(start(2, tmp_path, name))
+    compare(tmp_path, name)
+
+
+def compare(folder: Path, name: str) -> None:
+    got, want = load_file(folder / f"{name}.safetensors"), alone(name)
+    assert got.keys() == want.keys()
+    # A last bit decides here and there which way is rounded.
+    loose = name.startswith(("amp", "int8", "bf16", "compiled"))
+    for key, tensor in want.items():
+        exact = name == "one_micro_batch-ddp" and key != "figures"  # a + b has one value
+        close = torch.allclose(got[key].double(), tensor.double(), rtol=0 if exact else 2e-3 if loose else 1e-5,
+                               atol=0 if exact else 2e-4 if loose else 2e-6)
+        assert close, f"{key}: {(got[key].double() - tensor.double()).abs().max()}"
+
+
+def test_a_stop_asked_for_on_one_rank_ends_all_at_that_step(results: Path) -> None:
+    assert load_file(results / "2" / "stopped-ddp.safetensors")["figures"][3] == 3
+
+
+def test_a_signal_to_one_rank_ends_all_at_that_step(results: Path) -> None:
+    assert load_file(results / "2" / "signalled-fsdp.safetensors")["figures"][3] == 3
+
+
+def test_a_step_that_is_infinite_on_one_rank_is_skipped_on_all(results: Path) -> None:
+    assert load_file(results / "2" / "nonfinite-fsdp.safetensors")["figures"][4] > 0
+
+
+def test_a_model_on_the_meta_device_gets_the_weights_of_its_own_initialisation() -> None:
+    with torch.device("meta"):
+        model = gpt()
+    trainer = tiny_trainer(None, token_loader(7), model, max_steps=1, lr=0.0, seed=5)
+    trainer.train()
+    torch.manual_seed(5)
+    fresh = gpt()
+    torch.manual_seed(5)
+    fresh.reset_parameters()
+    for name, tensor in fresh.state_dict().items():
+        assert trainer.model.state_dict()[name].equal(tensor), name
+
+
+class Listening:
+    """What a stream asks of a Team, for several streams in one process that take turns: rank 0 speaks first."""
+
+    def __init__(self, rank: int, world_size: int, said: list[torch.Tensor]) -> None:
+        self.rank, self.world_size, self.leads, self.is_alone = rank, world_size, rank == 0, False
+        self._said, self._heard = said, 0
+
+    def share(self, numbers: torch.Tensor) -> torch.Tensor:
+        if self.leads:
+            self._said.append(numbers.clone())
+        self._heard += 1
+        return self._said[self._heard - 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_batches=st.integers(1, 7), world_size=st.integers(2, 4), turns=st.integers(1, 9), first=st.integers(0, 8),
+       kind=st.sampled_from(["tokens", "plain", "list"]))
+def test_every_turn_deals_the_next_batches_of_the_one_order(num_batches: int, world_size: int, turns: int, first: int,
+                                                           kind: str) -> None:
+    """Across epoch ends, and continued by other numbers of ranks than the one that began."""
+    def loader() -> Any:
+        return {"tokens": token_loader, "plain": plain_loader, "list": ragged}[kind](num_batches)
+
+    def first_of(batch: Any) -> list[int]:
+        return [-1] if is_blank(batch) else batch[0].flatten().tolist()
+
+    torch.manual_seed(7)
+    one = BatchStream(loader(), max_epochs=3)
+    wanted = [first_of(batch) for batch in iter(one.next_batch, None)]
+    torch.manual_seed(7)
+    begun = BatchStream(loader(), max_epochs=3, log=lambda line: None)
+    got = [first_of(batch) for batch in itertools.islice(iter(begun.next_batch, None), first)]
+    position, generators = begun.state_dict(), capture_rng()
+    said: list[torch.Tensor] = []
+    streams = []
+    for rank in range(world_size):
+        restore_rng(generators)
+        streams.append(BatchStream(loader(), max_epochs=3, log=lambda line: None,
+                                   team=Listening(rank, world_size, said)))  # type: ignore[arg-type]
+        streams[-1].load_state_dict(position)
+    restore_rng(generators)
+    for _ in range(turns):
+        turn = [stream.next_batch() for stream in streams]
+        assert len({batch is None for batch in turn}) == 1
+        got += [first_of(batch) for batch in turn if batch is not None and not is_blank(batch)]
+    if kind != "plain" or first % num_batches:  # the others' draws of a later epoch are rank 0's of that moment
+        assert got == wanted[:len(got)]
+    assert len(got) == min(len(wanted), min(first, len(wanted)) + turns * world_size)
+    assert len({str(stream.state_dict()["epoch"]) + str(stream.state_dict()["batch"]) for stream in streams}) == 1
