@@ -11,6 +11,7 @@ model: it compares greedy texts with transformers' and computes perplexities on 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
@@ -32,14 +33,21 @@ from torch import Tensor
 
 from bench.common import RESULTS, ROWS, Row, environment, markdown, percentiles, results_title
 from bench.generate_contender import load_model
+from bench.generate_strategies import penalties, speculation
 from fasttrain import ops
-from fasttrain.backend import CPP_PROBLEM
+from fasttrain.backend import CPP_PROBLEM, extension
 from fasttrain.native_decoding import NativeDecoder
 
 CONTENDER = Path(__file__).with_name("generate_contender.py")
-PARTS = ("speed", "batch", "prefill", "context", "sampler", "quality")
+PARTS = ("speed", "batch", "prefill", "context", "sampler", "speculation", "penalties", "check", "quality")
 PROMPT, COUNT, ROUNDS = 16, 128, 5
-WIDTHS = {"float32": ("F32", 4.0), "bfloat16": ("BF16", 2.0), "int8": ("Q8_0", 1 + 1 / 32)}
+# Of a width llama.cpp's counterpart and bytes a weight: of the blocks' matrices, and of the embedding and head.
+WIDTHS = {
+    "float32": ("F32", 4.0, 4.0),
+    "bfloat16": ("BF16", 2.0, 2.0),
+    "int8": ("Q8_0", 1 + 1 / 32, 1 + 1 / 32),
+    "int4": ("Q4_1", 5 / 8, 1 + 1 / 32),
+}
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -83,14 +91,14 @@ def llama_python(given: str | None) -> str | None:
 
 
 def write_gguf(model: Any, path: str, kind: str) -> None:
-    """The model as llama.cpp reads it, without a tokenizer; matrices in F32, BF16 or Q8_0."""
+    """The model as llama.cpp reads it, without a tokenizer; matrices in F32, BF16, Q8_0 or Q4_1 (then the embedding in
+    Q8_0, as its own converter does)."""
     import gguf
 
     config, heads = (
         model.config,
         {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads},
     )
-    dtype = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -112,6 +120,7 @@ def write_gguf(model: Any, path: str, kind: str) -> None:
     def add(name: str, weight: Tensor) -> None:
         data = weight.detach().float().numpy()
         if weight.dim() > 1 and kind != "F32":
+            dtype = gguf.GGMLQuantizationType["Q8_0" if kind == "Q4_1" and name == "token_embd" else kind]
             data = gguf.quants.quantize(data, dtype)
             writer.add_tensor(name + ".weight", data, raw_dtype=dtype)
         else:
@@ -136,12 +145,13 @@ def write_gguf(model: Any, path: str, kind: str) -> None:
 def contenders(path: str, python: str | None) -> Iterator[dict[tuple[str, str], Contender]]:
     """(width, name) -> process; all loaded, one at a time asked to write."""
     model = load_model(path)
-    parameters = sum(p.numel() for p in model.parameters())
+    outer = model.model.embed_tokens.weight.numel()
+    inner = sum(p.numel() for p in model.parameters()) - outer
     started: dict[tuple[str, str], Contender] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for width, (kind, each) in WIDTHS.items():
-                size = int(parameters * each)
+            for width, (kind, each, each_outer) in WIDTHS.items():
+                size = int(inner * each + outer * each_outer)
                 started[width, "floor: read the weights"] = Contender(f"floor:{size}", path)
                 if width == "float32":
                     started[width, "transformers"] = Contender("transformers", path)
@@ -243,8 +253,6 @@ def batch(model: Any) -> list[str]:
 
 def load_copy(model: Any) -> Any:
     """The same model under another identity: packed weights are kept for one width a model."""
-    import copy
-
     with torch.no_grad():
         return copy.copy(model)
 
@@ -322,7 +330,7 @@ def sampler(model: Any) -> list[str]:
     """The draw's share of a token, filters on."""
     vocabulary, sampling = model.config.vocab_size, {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.0}
     lines = []
-    for width in ("float32", "int8"):
+    for width in ("float32", "int8", "int4"):
         decoder = NativeDecoder(load_copy(model), width)  # type: ignore[arg-type]
         logits = decoder.start([prompt_ids(PROMPT, 40000)], 256)
         for options in (sampling, {**sampling, "top_k": 0}):
@@ -335,24 +343,40 @@ def sampler(model: Any) -> list[str]:
     return [f"The sampler's share of a token, V={vocabulary}:", "", *head, *lines]
 
 
-def quality(path: str, model: Any) -> list[str]:
-    """Greedy texts beside transformers', and perplexity by width."""
+def tokenizer_of(path: str) -> Any:
+    """The model's, or None for random weights."""
     from transformers import AutoTokenizer
 
     folder, _, file = path.rpartition("/")
-    tokenizer = (
-        AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        if file.endswith(".gguf")
-        else AutoTokenizer.from_pretrained(path)
-    )
+    if path == "random":
+        return None
+    if file.endswith(".gguf"):
+        return AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def quality(path: str, model: Any) -> list[str]:
+    """Greedy texts beside transformers', and perplexity by width."""
     stdlib = Path(os.__file__).parent
     text = "".join(
         (stdlib / name).read_text()
         for name in ("argparse.py", "statistics.py", "textwrap.py", "shutil.py", "json/decoder.py")
     )
-    ids = tokenizer(text)["input_ids"]
-    lines = [greedy_texts(model, ids), ""]
-    base = None
+    ids = tokenizer_of(path)(text)["input_ids"]
+    lines = [greedy_texts(model, ids), "", *perplexities(model, ids)]
+    if path.lower().endswith(".gguf"):
+        lines += [
+            "",
+            "A GGUF file's weights may have been in 4 bits before, which 4 bits then hold. The same function with its",
+            "channels scaled by 2^-1/4 to 2^1/4 and back, so that the weights lie on no grid:",
+            "",
+        ]
+        lines += perplexities(off_the_grid(model), ids)
+    return lines
+
+
+def perplexities(model: Any, ids: list[int]) -> list[str]:
+    lines, base = [], None
     for width in WIDTHS:
         loss = statistics.fmean(negative_log_likelihoods(NativeDecoder(model, width), ids, 1024, 16))  # type: ignore[arg-type]
         base = base or loss
@@ -361,6 +385,56 @@ def quality(path: str, model: Any) -> list[str]:
             f"source ({math.expm1(loss - base):+.3%} of float32's)"
         )
     return lines
+
+
+@torch.no_grad()
+def off_the_grid(model: Any) -> Any:
+    """The same function with other weights: what feeds a matrix is scaled by channels and the matrix back."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    config = model.config
+    group = config.num_attention_heads // config.num_key_value_heads
+
+    def factors(size: int) -> Tensor:
+        return torch.exp2(torch.rand(size, generator=generator) * 0.5 - 0.25)
+
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, matrices in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            factor = factors(config.hidden_size)
+            norm.weight.mul_(factor)
+            for matrix in matrices:
+                matrix.weight.div_(factor)
+        factor = factors(mlp.up_proj.weight.shape[0])
+        mlp.up_proj.weight.mul_(factor[:, None])
+        mlp.down_proj.weight.div_(factor)
+        factor = factors(attention.v_proj.weight.shape[0])
+        attention.v_proj.weight.mul_(factor[:, None])
+        heads = factor.view(config.num_key_value_heads, 1, -1)
+        attention.o_proj.weight.div_(heads.expand(-1, group, -1).flatten())
+    return model
+
+
+def check(model: Any) -> list[str]:
+    """What it costs, before each text, to see that the packed weights are still the model's."""
+    tensors = list(model.parameters())
+    memory, module = [(t.data_ptr(), t.nbytes) for t in tensors], extension()
+    threads = torch.get_num_threads()
+    whole = seconds_of(lambda: module.checksums(memory, threads), 9)  # type: ignore[union-attr]
+    NativeDecoder(model, "int8")
+    call = seconds_of(lambda: NativeDecoder(model, "int8"), 25)
+    token, decoder = [], NativeDecoder(model, "int8")
+    for _ in range(5):
+        decoder.start([prompt_ids(PROMPT, 40000)], 256)
+        token.append(decoding_seconds(decoder, 1, 32, GREEDY, model.config.vocab_size))
+    share = call / (call + COUNT * statistics.median(token))
+    return [
+        f"Before each text, {call * 1e3:.2f} ms: versions of {len(tensors)} tensors and sums of an eighth of their "
+        f"{sum(t.nbytes for t in tensors) / 1e6:.0f} MB (all of them: {whole * 1e3:.2f} ms); {share:.2%} of a text of "
+        f"{COUNT} tokens with int8 weights."
+    ]
 
 
 def greedy_texts(model: Any, ids: list[int], prompts: int = 20, count: int = 128) -> str:
@@ -419,6 +493,9 @@ def main() -> None:
         "prefill": lambda: prefill(model),
         "context": lambda: context(model, RESULTS / f"{name}-context.png"),
         "sampler": lambda: sampler(model),
+        "speculation": lambda: speculation(model, tokenizer_of(options.model)),
+        "penalties": lambda: penalties(model, tokenizer_of(options.model)),
+        "check": lambda: check(model),
         "quality": lambda: quality(options.model, model) if options.model != "random" else ["Needs --model."],
     }
     for part in parts:

@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -21,7 +22,9 @@
 namespace fasttrain {
 
 constexpr std::int64_t kPanel = 32;        // outputs side by side in a packed matrix
-constexpr std::int64_t kScaleGroup = 64;   // inputs that share a scale in 8 bits
+constexpr std::int64_t kInt8Group = 64;    // inputs that share a scale in 8 bits
+constexpr std::int64_t kInt4Group = 32;    // inputs that share a scale and a least value in 4 bits
+constexpr std::int64_t kRowBlock = 12;     // rows whose inputs in 16 bits stand interleaved
 constexpr std::int64_t kAlign = 64;
 constexpr std::int64_t kChunk = 128;       // positions that attention takes at a time, whatever the threads
 constexpr int kMostQueries = 24;           // query rows in one unit of attention's work
@@ -47,13 +50,38 @@ class Buffer {
   std::size_t bytes_ = 0;
 };
 
-enum class WeightFormat { float32 = 0, bfloat16 = 1, int8 = 2 };
+enum class WeightFormat { float32 = 0, bfloat16 = 1, int8 = 2, int4 = 3 };
+inline bool is_integer(WeightFormat format) { return format == WeightFormat::int8 || format == WeightFormat::int4; }
 
 struct Matrix {
   WeightFormat format = WeightFormat::float32;
   std::int64_t inputs = 0, padded_inputs = 0, panels = 0;
   std::size_t panel_bytes = 0, panel_scales = 0;  // bytes of weights and number of scales in a panel
   Buffer weights, scales;                         // (panels, padded_inputs, kPanel); bfloat16 (panels, groups, kPanel)
+};                                                // int4: two weights a byte; scales and least values in turn
+
+// Up to kRowBlock rows of inputs in 16 bits, a scale for each group of the matrix's.
+struct RowBlock {
+  unsigned char* values;   // (padded inputs / 2, count, 2) 16 bits, a group after the other; decode_integer_kernels.h orders it
+  float *scales, *sums;    // (groups, count); sums: the scale times the sum of the values
+  std::int32_t* offsets;   // (groups, count): -128 times the sum of the values, for int8
+  std::int64_t count;
+};
+
+// What a matrix is multiplied with: floats, or for integer weights these in 16 bits.
+struct Rows {
+  const float* values;
+  std::ptrdiff_t stride;
+  unsigned char* quantized = nullptr;
+
+  static std::size_t quantized_bytes(std::int64_t rows, std::int64_t padded_inputs) { return rows * (2 * padded_inputs + 12 * padded_inputs / kInt4Group); }
+  // The rows from `begin` (a multiple of kRowBlock) on, of `rows` in all.
+  RowBlock block(std::int64_t begin, std::int64_t rows, const Matrix& matrix) const {
+    const std::int64_t count = std::min(kRowBlock, rows - begin), groups = matrix.padded_inputs / kInt4Group;
+    unsigned char* at = quantized + quantized_bytes(begin, matrix.padded_inputs);
+    float* scales = reinterpret_cast<float*>(at + 2 * count * matrix.padded_inputs);
+    return {at, scales, scales + groups * count, reinterpret_cast<std::int32_t*>(scales + 2 * groups * count), count};
+  }
 };
 
 // Keys and values of one layer, text and head. Keys: (capacity / kPanel, E, kPanel); values: (E / kPanel, capacity, kPanel).
@@ -64,11 +92,12 @@ struct HeadCache {
 };
 
 struct Kernels {
-  using Multiply = void (*)(const Matrix&, std::int64_t first, std::int64_t last, const float* x, std::ptrdiff_t ldx,
-                            std::int64_t rows, float* y, std::ptrdiff_t ldy, bool add);
+  using Multiply = void (*)(const Matrix&, std::int64_t first, std::int64_t last, const Rows& x, std::int64_t rows, float* y,
+                            std::ptrdiff_t ldy, bool add);
   using Attend = void (*)(const HeadCache&, std::int64_t chunk, const float* queries, int rows, const std::int64_t* last_seen,
                           float scale, float* out, float* maxima, float* sums);
-  Multiply multiply[3];  // by WeightFormat
+  Multiply multiply[4];  // by WeightFormat
+  void (*quantize)(const float* x, const Matrix&, const RowBlock& out, std::int64_t row);
   void (*normalize)(const float* x, const float* weight, std::int64_t n, float eps, float* out);
   void (*gate)(float* gates, const float* ups, std::int64_t n);
   Attend attend_float32, attend_float16;
@@ -161,8 +190,10 @@ class DecodeSession {
   void copy_cache(std::int64_t from, std::int64_t to, std::int64_t length);
   HeadCache cache(std::int64_t layer, std::int64_t slot, std::int64_t head) const;
   void reserve(std::int64_t M, std::int64_t chunks);
-  const float* normalized(int thread, const float* weight, std::int64_t M);
-  void multiply(int thread, const Matrix& matrix, const float* x, std::ptrdiff_t ldx, std::int64_t M, float* y, std::ptrdiff_t ldy, bool add) const;
+  Rows normalized(int thread, const float* weight, std::int64_t M, const Matrix& matrix);
+  Rows prepared(int thread, const float* x, std::ptrdiff_t ldx, std::int64_t M, const Matrix& matrix);
+  void quantize(const Rows& rows, std::int64_t begin, std::int64_t end, std::int64_t M, const Matrix& matrix) const;
+  void multiply(int thread, const Matrix& matrix, const Rows& x, std::int64_t M, float* y, std::ptrdiff_t ldy, bool add) const;
 
   const std::shared_ptr<DecoderWeights> weights_;
   const Kernels* kernels_;
@@ -184,7 +215,8 @@ class DecodeSession {
   // Workspace of one pass.
   std::int64_t reserved_tokens_ = 0;
   std::ptrdiff_t ld_hidden_, ld_qkv_, ld_attention_, ld_mlp_, ld_logits_;
-  Buffer x_, normed_, qkv_, attention_, mlp_, wanted_;
+  Buffer x_, normed_, qkv_, attention_, mlp_, wanted_, quantized_;
+  std::size_t quantized_part_ = 0;  // bytes of a thread's own rows in `quantized_`
   std::vector<float> parts_, maxima_, sums_;
 };
 

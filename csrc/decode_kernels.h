@@ -13,38 +13,37 @@ constexpr int kMostRows = Vec::width == 16 ? 12 : Vec::width == 8 ? 3 : 1;
 // How far ahead of use a panel is asked for. The hardware's own prefetchers stop at every 4 KiB.
 constexpr std::int64_t kPrefetchBytes = 4096;
 
-// How a panel stores its weights: `kStep` inputs at a time, and one scale an output for each `kGroup` inputs (0: none).
+// How a panel stores its weights, read `kStep` inputs at a time. Integers: decode_integer_kernels.h.
 struct Float32Panel {
-  static constexpr int kStep = 1, kGroup = 0, kBytes = 4;
+  static constexpr int kStep = 1, kBytes = 4;
   static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
     out[0] = Vec::load(reinterpret_cast<const float*>(w) + k * kPanel + v * Vec::width);
   }
 };
 struct Float16Panel {
-  static constexpr int kStep = 1, kGroup = 0, kBytes = 2;
+  static constexpr int kStep = 1, kBytes = 2;
   static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
     out[0] = Vec::load(reinterpret_cast<const float16*>(w) + k * kPanel + v * Vec::width);
   }
 };
 struct BFloat16Panel {  // two inputs of an output side by side: widening them is a shift and a mask
-  static constexpr int kStep = 2, kGroup = 0, kBytes = 2;
+  static constexpr int kStep = 2, kBytes = 2;
   static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
     Vec::load_pairs(reinterpret_cast<const bfloat16*>(w) + k * kPanel + 2 * v * Vec::width, out[0], out[1]);
   }
 };
-struct Int8Panel {
-  static constexpr int kStep = 2, kGroup = kScaleGroup, kBytes = 1;
-  static void load(const unsigned char* w, std::int64_t k, int v, Vec (&out)[kStep]) {
-    for (int s = 0; s < kStep; ++s) out[s] = Vec::load(reinterpret_cast<const std::int8_t*>(w) + (k + s) * kPanel + v * Vec::width);
-  }
-};
 
-// acc[m][...] += x[m, begin..end) times P panels.
+// y (M, ldy) = or += x times P panels. `kFetch`: they come from memory, not from a cache that an earlier tile left them in.
 template <class F, int M, int P, bool kFetch>
-inline __attribute__((always_inline)) void accumulate(const unsigned char* w, std::size_t panel_bytes, const float* x, std::ptrdiff_t ldx,
-                                                      std::int64_t begin, std::int64_t end, Vec (&acc)[M][P * kVecs]) {
+void tile(const unsigned char* w, std::size_t panel_bytes, std::int64_t inputs, const float* x, std::ptrdiff_t ldx, float* y, std::ptrdiff_t ldy,
+          bool add) {
   constexpr int kLines = kPanel * F::kBytes * F::kStep / 64;  // of the cache, in a step
-  for (std::int64_t k = begin; k < end; k += F::kStep) {
+  Vec total[M][P * kVecs];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 64
+    for (int v = 0; v < P * kVecs; ++v) total[m][v] = Vec::set(0);
+  for (std::int64_t k = 0; k < inputs; k += F::kStep) {
     if constexpr (kFetch) {
       std::size_t ahead = k * kPanel * F::kBytes + kPrefetchBytes;
       if (P > 1 && ahead >= panel_bytes) ahead += (P - 1) * panel_bytes;  // the panels beside are being read already
@@ -60,36 +59,7 @@ inline __attribute__((always_inline)) void accumulate(const unsigned char* w, st
       for (int m = 0; m < M; ++m) {
         const Vec input = Vec::set(x[m * ldx + k + s]);
 #pragma GCC unroll 64
-        for (int v = 0; v < P * kVecs; ++v) acc[m][v] = Vec::fma(weight[v][s], input, acc[m][v]);
-      }
-    }
-  }
-}
-
-// `kFetch`: the panel comes from memory, not from a cache that an earlier tile left it in.
-template <class F, int M, int P, bool kFetch>
-void tile(const unsigned char* w, std::size_t panel_bytes, const bfloat16* scales, std::size_t panel_scales, std::int64_t inputs,
-          const float* x, std::ptrdiff_t ldx, float* y, std::ptrdiff_t ldy, bool add) {
-  Vec total[M][P * kVecs];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 64
-    for (int v = 0; v < P * kVecs; ++v) total[m][v] = Vec::set(0);
-  if constexpr (F::kGroup == 0) {
-    accumulate<F, M, P, kFetch>(w, panel_bytes, x, ldx, 0, inputs, total);
-  } else {
-    for (std::int64_t k = 0; k < inputs; k += F::kGroup) {
-      Vec part[M][P * kVecs];
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 64
-        for (int v = 0; v < P * kVecs; ++v) part[m][v] = Vec::set(0);
-      accumulate<F, M, P, kFetch>(w, panel_bytes, x, ldx, k, k + F::kGroup, part);
-#pragma GCC unroll 64
-      for (int v = 0; v < P * kVecs; ++v) {
-        const Vec scale = Vec::load(scales + (v / kVecs) * panel_scales + (k / F::kGroup) * kPanel + (v % kVecs) * Vec::width);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) total[m][v] = Vec::fma(part[m][v], scale, total[m][v]);
+        for (int v = 0; v < P * kVecs; ++v) total[m][v] = Vec::fma(weight[v][s], input, total[m][v]);
       }
     }
   }
@@ -104,34 +74,35 @@ void tile(const unsigned char* w, std::size_t panel_bytes, const bfloat16* scale
 
 // The rest of a batch, of 1 .. M rows, in one tile.
 template <class F, int P, int M>
-void last_rows(int rows, const unsigned char* w, std::size_t panel_bytes, const bfloat16* scales, std::size_t panel_scales, std::int64_t inputs,
-               const float* x, std::ptrdiff_t ldx, float* y, std::ptrdiff_t ldy, bool add) {
+void last_rows(int rows, const unsigned char* w, std::size_t panel_bytes, std::int64_t inputs, const float* x, std::ptrdiff_t ldx, float* y,
+               std::ptrdiff_t ldy, bool add) {
   if constexpr (M > 0) {
-    if (rows == M) return tile<F, M, P, true>(w, panel_bytes, scales, panel_scales, inputs, x, ldx, y, ldy, add);
-    last_rows<F, P, M - 1>(rows, w, panel_bytes, scales, panel_scales, inputs, x, ldx, y, ldy, add);
+    if (rows == M) return tile<F, M, P, true>(w, panel_bytes, inputs, x, ldx, y, ldy, add);
+    last_rows<F, P, M - 1>(rows, w, panel_bytes, inputs, x, ldx, y, ldy, add);
   }
 }
 
-// y (rows, ldy) = or += x (rows, ldx) times panels [first, last) of a matrix.
+// y (rows, ldy) = or += x times panels [first, last) of a matrix.
 template <class F>
-void multiply(const Matrix& matrix, std::int64_t first, std::int64_t last, const float* x, std::ptrdiff_t ldx, std::int64_t rows, float* y,
-              std::ptrdiff_t ldy, bool add) {
+void multiply(const Matrix& matrix, std::int64_t first, std::int64_t last, const Rows& inputs, std::int64_t rows, float* y, std::ptrdiff_t ldy,
+              bool add) {
+  const float* x = inputs.values;
+  const std::ptrdiff_t ldx = inputs.stride;
   constexpr int kPairRows = kMostRows / 2 > 0 ? kMostRows / 2 : 1;
   for (std::int64_t panel = first; panel < last;) {
     const unsigned char* w = matrix.weights.get<unsigned char>() + panel * matrix.panel_bytes;
-    const bfloat16* scales = matrix.scales.get<bfloat16>() + panel * matrix.panel_scales;
     float* out = y + panel * kPanel;
     if (rows <= kPairRows && panel + 2 <= last) {  // two panels at a time: more chains in flight
-      last_rows<F, 2, kPairRows>(static_cast<int>(rows), w, matrix.panel_bytes, scales, matrix.panel_scales, matrix.padded_inputs, x, ldx, out, ldy, add);
+      last_rows<F, 2, kPairRows>(static_cast<int>(rows), w, matrix.panel_bytes, matrix.padded_inputs, x, ldx, out, ldy, add);
       panel += 2;
       continue;
     }
     std::int64_t m = 0;
     for (; m + kMostRows <= rows; m += kMostRows) {
       const auto full = m == 0 ? &tile<F, kMostRows, 1, true> : &tile<F, kMostRows, 1, false>;
-      full(w, 0, scales, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
+      full(w, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
     }
-    last_rows<F, 1, kMostRows - 1>(static_cast<int>(rows - m), w, 0, scales, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
+    last_rows<F, 1, kMostRows - 1>(static_cast<int>(rows - m), w, 0, matrix.padded_inputs, x + m * ldx, ldx, out + m * ldy, ldy, add);
     ++panel;
   }
 }
@@ -177,8 +148,8 @@ void attend(const HeadCache& cache, std::int64_t chunk, const float* queries, in
     const unsigned char* keys = cache.keys + (begin / kPanel + block) * block_bytes;
     int i = 0;
     for (; i + kMostRows <= rows; i += kMostRows)
-      tile<F, kMostRows, 1, false>(keys, 0, nullptr, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
-    last_rows<F, 1, kMostRows - 1>(rows - i, keys, 0, nullptr, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
+      tile<F, kMostRows, 1, false>(keys, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
+    last_rows<F, 1, kMostRows - 1>(rows - i, keys, 0, E, queries + i * E, E, scores + i * kChunk + block * kPanel, kChunk, false);
   }
   for (int i = 0; i < rows; ++i) {
     float* s = scores + i * kChunk;
@@ -201,8 +172,8 @@ void attend(const HeadCache& cache, std::int64_t chunk, const float* queries, in
     const unsigned char* values = cache.values + (slice * cache.capacity + begin) * kPanel * cache.element_bytes;
     int i = 0;
     for (; i + kMostRows <= rows; i += kMostRows)
-      tile<F, kMostRows, 1, false>(values, 0, nullptr, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
-    last_rows<F, 1, kMostRows - 1>(rows - i, values, 0, nullptr, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
+      tile<F, kMostRows, 1, false>(values, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
+    last_rows<F, 1, kMostRows - 1>(rows - i, values, 0, most, scores + i * kChunk, kChunk, out + i * E + slice * kPanel, E, false);
   }
 }
 
@@ -219,9 +190,9 @@ void join(const float* parts, std::ptrdiff_t stride, const float* maxima, const 
   }
 }
 
-const Kernels& kernels() {
-  static constexpr Kernels table{
-      {&multiply<Float32Panel>, &multiply<BFloat16Panel>, &multiply<Int8Panel>},
+// Without those of integers.
+Kernels float_kernels() {
+  return {
+      {&multiply<Float32Panel>, &multiply<BFloat16Panel>, nullptr, nullptr}, nullptr,
       &normalize, &gate, &attend<Float32Panel>, &attend<Float16Panel>, &join};
-  return table;
 }

@@ -171,6 +171,11 @@ void DecodeSession::reserve(std::int64_t M, std::int64_t chunks) {
     qkv_ = Buffer(sizeof(float) * M * ld_qkv_);
     attention_ = Buffer(sizeof(float) * M * ld_attention_);
     mlp_ = Buffer(sizeof(float) * M * ld_mlp_);
+    if (is_integer(weights_->format)) {
+      const std::int64_t widest = std::max({ld_hidden_, ld_attention_, ld_mlp_ / 2});
+      quantized_part_ = Rows::quantized_bytes(kFewRows, padded(widest, kAlign)) + 1024;  // no thread writes into another's lines
+      quantized_ = Buffer(std::max<std::size_t>(Rows::quantized_bytes(M, padded(widest, kAlign)), threads * quantized_part_));
+    }
   }
   // Either every (token, head, chunk), or what each thread works on.
   const std::size_t queries = std::max<std::size_t>(static_cast<std::size_t>(M <= threads * kMostQueries ? M * shape.num_heads : 0),
@@ -199,36 +204,59 @@ void DecodeSession::pass(const std::vector<Run>& runs, const std::vector<std::in
     for (std::int64_t index = 0; index < shape.num_layers; ++index) layer(thread, index, runs, M);
     if (N == 0) return;
     const Range last = share(N, thread, team.size());
+    Rows heads{rows, ld_hidden_, quantized_.get<unsigned char>()};
     for (std::int64_t i = last.begin; i < last.end; ++i)
       kernels_->normalize(x + wanted[i] * ld_hidden_, weights_->final_norm.data(), shape.hidden_size, shape.norm_eps, rows + i * ld_hidden_);
+    quantize(heads, last.begin, last.end, N, weights_->head());
     team.barrier();
-    multiply(thread, weights_->head(), rows, ld_hidden_, N, logits, ld_logits_, false);
+    multiply(thread, weights_->head(), heads, N, logits, ld_logits_, false);
   });
 }
 
-void DecodeSession::multiply(int thread, const Matrix& matrix, const float* x, std::ptrdiff_t ldx, std::int64_t M, float* y,
-                             std::ptrdiff_t ldy, bool add) const {
+void DecodeSession::multiply(int thread, const Matrix& matrix, const Rows& x, std::int64_t M, float* y, std::ptrdiff_t ldy, bool add) const {
   const Range panels = share(matrix.panels, thread, weights_->team.size());
-  kernels_->multiply[static_cast<int>(matrix.format)](matrix, panels.begin, panels.end, x, ldx, M, y, ldy, add);
+  kernels_->multiply[static_cast<int>(matrix.format)](matrix, panels.begin, panels.end, x, M, y, ldy, add);
 }
 
-const float* DecodeSession::normalized(int thread, const float* weight, std::int64_t M) {
+// For a matrix of integers, rows [begin, end) of M in 16 bits.
+void DecodeSession::quantize(const Rows& rows, std::int64_t begin, std::int64_t end, std::int64_t M, const Matrix& matrix) const {
+  if (!is_integer(matrix.format)) return;
+  for (std::int64_t m = begin; m < end; ++m) {
+    const std::int64_t block = m / kRowBlock * kRowBlock;
+    kernels_->quantize(rows.values + m * rows.stride, matrix, rows.block(block, M, matrix), m - block);
+  }
+}
+
+// Rows of x as `matrix` is multiplied with. Few rows every thread prepares for itself, of more a share and then waits.
+Rows DecodeSession::prepared(int thread, const float* x, std::ptrdiff_t ldx, std::int64_t M, const Matrix& matrix) {
+  const bool own = M <= kFewRows;
+  const Rows rows{x, ldx, quantized_.get<unsigned char>() + (own ? thread * quantized_part_ : 0)};
+  if (!is_integer(matrix.format)) return rows;
+  const Range mine = own ? Range{0, M} : share(M, thread, weights_->team.size());
+  quantize(rows, mine.begin, mine.end, M, matrix);
+  if (!own) weights_->team.barrier();
+  return rows;
+}
+
+Rows DecodeSession::normalized(int thread, const float* weight, std::int64_t M, const Matrix& matrix) {
   const DecoderShape& shape = weights_->shape;
   ThreadTeam& team = weights_->team;
   const bool own = M <= kFewRows;
   float* out = normed_.get<float>() + (own ? thread * kFewRows * ld_hidden_ : 0);
-  const Range rows = own ? Range{0, M} : share(M, thread, team.size());
-  for (std::int64_t m = rows.begin; m < rows.end; ++m)
+  const Rows rows{out, ld_hidden_, quantized_.get<unsigned char>() + (own ? thread * quantized_part_ : 0)};
+  const Range mine = own ? Range{0, M} : share(M, thread, team.size());
+  for (std::int64_t m = mine.begin; m < mine.end; ++m)
     kernels_->normalize(x_.get<float>() + m * ld_hidden_, weight, shape.hidden_size, shape.norm_eps, out + m * ld_hidden_);
+  quantize(rows, mine.begin, mine.end, M, matrix);
   if (!own) team.barrier();
-  return out;
+  return rows;
 }
 
 void DecodeSession::layer(int thread, std::int64_t index, const std::vector<Run>& runs, std::int64_t M) {
   const LayerWeights& w = weights_->layers[index];
   ThreadTeam& team = weights_->team;
   float *x = x_.get<float>(), *mlp = mlp_.get<float>();
-  multiply(thread, w.qkv, normalized(thread, w.attention_norm.data(), M), ld_hidden_, M, qkv_.get<float>(), ld_qkv_, false);
+  multiply(thread, w.qkv, normalized(thread, w.attention_norm.data(), M, w.qkv), M, qkv_.get<float>(), ld_qkv_, false);
   if (!w.qkv_bias.empty()) {
     const Range panels = share(w.qkv.panels, thread, team.size());
     const std::int64_t end = std::min<std::int64_t>(panels.end * kPanel, static_cast<std::int64_t>(w.qkv_bias.size()));
@@ -241,21 +269,21 @@ void DecodeSession::layer(int thread, std::int64_t index, const std::vector<Run>
   else
     attend_prompts(thread, index, runs);
   team.barrier();
-  multiply(thread, w.out, attention_.get<float>(), ld_attention_, M, x, ld_hidden_, true);
+  multiply(thread, w.out, prepared(thread, attention_.get<float>(), ld_attention_, M, w.out), M, x, ld_hidden_, true);
   team.barrier();
   // A thread computes gate and up of the same units, so it can join them at once.
-  const float* normed = normalized(thread, w.mlp_norm.data(), M);
+  const Rows normed = normalized(thread, w.mlp_norm.data(), M, w.gate_up);
   const std::int64_t half = w.gate_up.panels / 2;
   const Range units = share(half, thread, team.size());
   const auto product = kernels_->multiply[static_cast<int>(w.gate_up.format)];
-  product(w.gate_up, units.begin, units.end, normed, ld_hidden_, M, mlp, ld_mlp_, false);
-  product(w.gate_up, half + units.begin, half + units.end, normed, ld_hidden_, M, mlp, ld_mlp_, false);
+  product(w.gate_up, units.begin, units.end, normed, M, mlp, ld_mlp_, false);
+  product(w.gate_up, half + units.begin, half + units.end, normed, M, mlp, ld_mlp_, false);
   for (std::int64_t m = 0; m < M; ++m) {
     float* gates = mlp + m * ld_mlp_ + units.begin * kPanel;
     kernels_->gate(gates, gates + half * kPanel, (units.end - units.begin) * kPanel);
   }
   team.barrier();
-  multiply(thread, w.down, mlp, ld_mlp_, M, x, ld_hidden_, true);
+  multiply(thread, w.down, prepared(thread, mlp, ld_mlp_, M, w.down), M, x, ld_hidden_, true);
   team.barrier();
 }
 
@@ -440,53 +468,8 @@ std::vector<std::vector<std::int64_t>> DecodeSession::run(std::int64_t rounds, S
   return all;
 }
 
-// Changes with every byte and its place (sums of 64-bit words and of those sums, in eight lanes): tells whether weights
-// are still those that were packed, at the price of reading them once.
-std::uint64_t checksum(const unsigned char* data, std::size_t bytes) {
-  constexpr int kLanes = 8;
-  std::uint64_t first[kLanes] = {}, second[kLanes] = {}, last[kLanes] = {};
-  std::size_t at = 0;
-  for (; at + sizeof(last) <= bytes; at += sizeof(last)) {
-    __builtin_prefetch(data + at + 4096);
-    std::uint64_t words[kLanes];
-    std::memcpy(words, data + at, sizeof(words));
-    for (int i = 0; i < kLanes; ++i) {
-      first[i] += words[i];
-      second[i] += first[i];
-    }
-  }
-  std::memcpy(last, data + at, bytes - at);
-  std::uint64_t sum = bytes;
-  for (int i = 0; i < kLanes; ++i)
-    for (const std::uint64_t word : {first[i], second[i], last[i]}) sum = (sum ^ word) * 0x9E3779B97F4A7C15u + (sum >> 29);
-  return sum;
-}
-
-// One sum for each piece of memory; threads take parts of 1 MiB, so the sums do not depend on them.
-std::vector<std::uint64_t> checksums(const std::vector<std::pair<std::uintptr_t, std::size_t>>& memory, int threads) {
-  constexpr std::size_t kPart = 1u << 20;
-  struct Part {
-    std::size_t owner, begin, bytes;
-    std::uint64_t sum;
-  };
-  std::vector<Part> parts;
-  for (std::size_t i = 0; i < memory.size(); ++i)
-    for (std::size_t begin = 0; begin < memory[i].second; begin += kPart) parts.push_back({i, begin, std::min(kPart, memory[i].second - begin), 0});
-  ThreadTeam team(std::max(1, threads));
-  team.run([&](int thread) {
-    const Range mine = share(static_cast<std::int64_t>(parts.size()), thread, team.size());
-    for (std::int64_t i = mine.begin; i < mine.end; ++i)
-      parts[i].sum = checksum(reinterpret_cast<const unsigned char*>(memory[parts[i].owner].first) + parts[i].begin, parts[i].bytes);
-  });
-  std::vector<std::uint64_t> sums(memory.size(), 0);
-  for (const Part& part : parts) sums[part.owner] = (sums[part.owner] ^ part.sum) * 0x9E3779B97F4A7C15u + part.begin;
-  return sums;
-}
-
 void bind_decode(pybind11::module_& m) {
   namespace py = pybind11;
-  m.def("checksums", &checksums, py::arg("memory"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-        "For each (address, bytes) a 64-bit sum that changes when the bytes do; no hash to trust against malice.");
   py::class_<DecoderWeights, std::shared_ptr<DecoderWeights>>(m, "DecoderWeights", "Weights of a Llama-shaped decoder, packed for the CPU.")
       .def(py::init([](std::int64_t vocab_size, std::int64_t num_layers, std::int64_t num_heads, std::int64_t num_kv_heads,
                        std::int64_t head_size, std::int64_t hidden_size, std::int64_t intermediate_size, float norm_eps,

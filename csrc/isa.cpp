@@ -24,6 +24,7 @@ Isa best_isa() {
 }
 
 std::atomic<int> chosen{-1};  // -1: not asked for yet
+std::atomic<bool> vnni_allowed{true};
 
 }  // namespace
 
@@ -54,5 +55,16 @@ void set_isa(const std::string& name) {
   }
   throw std::invalid_argument("instruction set '" + name + "' is unknown; it must be scalar, avx2 or avx512");
 }
+
+bool uses_vnni() {
+#if defined(__x86_64__)
+  if (!vnni_allowed.load(std::memory_order_relaxed)) return false;
+  if (current_isa() == Isa::avx512) return __builtin_cpu_supports("avx512vnni");
+  if (current_isa() == Isa::avx2) return __builtin_cpu_supports("avxvnni");
+#endif
+  return false;
+}
+
+void allow_vnni(bool allowed) { vnni_allowed.store(allowed, std::memory_order_relaxed); }
 
 }  // namespace fasttrain

@@ -13,4 +13,8 @@ std::vector<std::string> available_isas();  // those this CPU can run, slowest f
 Isa current_isa();
 void set_isa(const std::string& name);  // std::invalid_argument if this CPU cannot run it
 
+// VNNI (AVX512-VNNI, AVX-VNNI): whether the CPU has it for the current set, and it is not forbidden.
+bool uses_vnni();
+void allow_vnni(bool allowed);
+
 }  // namespace fasttrain

@@ -23,9 +23,6 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
   }
   static Vec load(const float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
-  static Vec load(const std::int8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-  }
   // The first and the second of each pair.
   static void load_pairs(const bfloat16* p, Vec& first, Vec& second) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -43,6 +40,10 @@ struct Vec {
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bfloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16()); }
   void store(float16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16()); }
+  void store(std::int16_t* p) const {  // rounded to even
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+  }
   void stream(float* p) const { _mm256_stream_ps(p, v); }
   void stream(bfloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16()); }
   void stream(float16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16()); }
@@ -171,6 +172,8 @@ inline int compress(Mask m, Vec a, float* out) {
   _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(a.v, lanes));
   return __builtin_popcount(bits);
 }
+inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }  // to even
+inline Vec magnitude(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 // Sums floats in float64: exact for whole numbers while every lane stays below 2^53.
 struct WideSum {
   __m256d low, high;
@@ -184,6 +187,29 @@ struct WideSum {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
     return _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
   }
+};
+
+// 32 bits a lane, as many lanes as Vec: an integer, two of 16 bits, or four bytes.
+struct Quads {
+  __m256i v;
+  static Quads set(std::int32_t x) { return {_mm256_set1_epi32(x)}; }
+  static Quads load(const unsigned char* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static Quads spread(const unsigned char* p) {  // four bytes to every lane
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return set(four);
+  }
+  Vec to_float() const { return {_mm256_cvtepi32_ps(v)}; }
+  // Of each half the kBits bits from kShift on.
+  template <int kShift, int kBits>
+  Quads fields() const {
+    const __m256i low = kShift == 0 ? v : _mm256_srli_epi16(v, kShift);
+    return {kShift + kBits == 16 ? low : _mm256_and_si256(low, _mm256_set1_epi16((1 << kBits) - 1))};
+  }
+};
+// Of each lane's two halves the products, added to its 32 bits.
+struct PairProducts {
+  static Quads plus(Quads sum, Quads a, Quads b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
 };
 
 }  // namespace fasttrain::avx2

@@ -3,6 +3,9 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+#include <cstring>
+
 #include "half_types.h"
 
 namespace fasttrain::avx512 {
@@ -18,9 +21,6 @@ struct Vec {
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const bfloat16* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
-  static Vec load(const std::int8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-  }
   // The first and the second of each pair.
   static void load_pairs(const bfloat16* p, Vec& first, Vec& second) {
     const __m512i pairs = _mm512_loadu_si512(p);
@@ -41,6 +41,9 @@ struct Vec {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16()); }
   void store(float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16()); }
+  void store(std::int16_t* p) const {  // rounded to even
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+  }
   void stream(float* p) const { _mm512_stream_ps(p, v); }
   void stream(bfloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16()); }
   void stream(float16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16()); }
@@ -138,6 +141,8 @@ inline int compress(Mask m, Vec a, float* out) {
   _mm512_storeu_ps(out, _mm512_maskz_compress_ps(m, a.v));  // not compressstoreu: microcode on AMD
   return count(m);
 }
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }  // to even
+inline Vec magnitude(Vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)}; }
 // Sums floats in float64: exact for whole numbers while every lane stays below 2^53.
 struct WideSum {
   __m512d low, high;
@@ -147,6 +152,29 @@ struct WideSum {
     high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
   }
   double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+};
+
+// 32 bits a lane, as many lanes as Vec: an integer, two of 16 bits, or four bytes.
+struct Quads {
+  __m512i v;
+  static Quads set(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static Quads load(const unsigned char* p) { return {_mm512_loadu_si512(p)}; }
+  static Quads spread(const unsigned char* p) {  // four bytes to every lane
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return set(four);
+  }
+  Vec to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+  // Of each half the kBits bits from kShift on.
+  template <int kShift, int kBits>
+  Quads fields() const {
+    const __m512i low = kShift == 0 ? v : _mm512_srli_epi16(v, kShift);
+    return {kShift + kBits == 16 ? low : _mm512_and_si512(low, _mm512_set1_epi16((1 << kBits) - 1))};
+  }
+};
+// Of each lane's two halves the products, added to its 32 bits.
+struct PairProducts {
+  static Quads plus(Quads sum, Quads a, Quads b) { return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))}; }
 };
 
 }  // namespace fasttrain::avx512

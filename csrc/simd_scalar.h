@@ -20,7 +20,6 @@ struct OneLane {
   static OneLane load(const double* p) { return {static_cast<Real>(*p)}; }
   static OneLane load(const bfloat16* p) { return {static_cast<Real>(to_float(*p))}; }
   static OneLane load(const float16* p) { return {static_cast<Real>(to_float(*p))}; }
-  static OneLane load(const std::int8_t* p) { return {static_cast<Real>(*p)}; }
   // The first and the second of each pair.
   static void load_pairs(const bfloat16* p, OneLane& first, OneLane& second) { first = load(p), second = load(p + 1); }
   template <class T>
@@ -30,6 +29,7 @@ struct OneLane {
   void store(double* p) const { *p = static_cast<double>(v); }
   void store(bfloat16* p) const { *p = to_bfloat16(static_cast<float>(v)); }
   void store(float16* p) const { *p = to_float16(static_cast<float>(v)); }
+  void store(std::int16_t* p) const { *p = static_cast<std::int16_t>(std::nearbyint(v)); }
   template <class T>
   void stream(T* p) const { store(p); }
   template <class T>
@@ -63,6 +63,8 @@ inline Mask opposite(Mask a) { return !a; }
 inline int count(Mask m) { return m; }
 inline Vec keep(Mask m, Vec a) { return {m ? a.v : 0.0f}; }  // 0 elsewhere
 inline Vec floor(Vec a) { return {std::floor(a.v)}; }
+inline Vec round(Vec a) { return {std::nearbyint(a.v)}; }  // to even
+inline Vec magnitude(Vec a) { return {std::fabs(a.v)}; }
 inline Vec times_two_to(Vec a, Vec n) {  // a 2^n for whole n of which 2^n is a normal number
   return {a.v * float_from_bits(static_cast<std::uint32_t>(static_cast<int>(n.v) + 127) << 23)};
 }
@@ -72,6 +74,30 @@ struct WideSum {
   static WideSum zero() { return {0.0}; }
   void add(Vec a) { sum += static_cast<double>(a.v); }
   double total() const { return sum; }
+};
+
+// One lane of 32 bits: an integer, two of 16 bits, or four bytes.
+struct Quads {
+  std::int32_t v;
+  static Quads set(std::int32_t x) { return {x}; }
+  static Quads load(const unsigned char* p) {
+    Quads q;
+    std::memcpy(&q.v, p, 4);
+    return q;
+  }
+  static Quads spread(const unsigned char* p) { return load(p); }
+  Vec to_float() const { return {static_cast<float>(v)}; }
+  // Of each half the kBits bits from kShift on.
+  template <int kShift, int kBits>
+  Quads fields() const {
+    constexpr std::uint32_t mask = ((1u << kBits) - 1u) * 0x10001u;
+    return {static_cast<std::int32_t>(static_cast<std::uint32_t>(v) >> kShift & mask)};
+  }
+  int half(int i) const { return static_cast<std::int16_t>(v >> 16 * i); }
+};
+// Of the two halves the products, added to the 32 bits.
+struct PairProducts {
+  static Quads plus(Quads sum, Quads a, Quads b) { return {sum.v + a.half(0) * b.half(0) + a.half(1) * b.half(1)}; }
 };
 
 }  // namespace fasttrain::scalar

@@ -14,7 +14,7 @@ Shapes: P prompts still open, K beams each, V vocabulary; the decoder's rows are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,13 +42,26 @@ class _Search:
     index: int
     beams: list[Beam]  # open ones, best first
     finished: list[Beam] = field(default_factory=list)  # best first, at most num_beams
+    settled: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Settled:
+    """What one step settled for one prompt."""
+
+    index: int
+    ids: list[int]
+    """New ids that every text which can still win has next; with `finished` the rest of the winner's."""
+    finished: list[Beam] | None = None
+    """At a prompt's end its finished texts, best first; their `ids` are the new ones, an end token included."""
 
 
 def beam_search(
     decoder: BranchingDecoder, prompts: Sequence[Sequence[int]], sampler: Sampler, settings: GenerationConfig,
     eos: Sequence[int], capacity: int, raw_logprobs: bool,
-) -> list[list[Beam]]:  # fmt: skip
-    """Finished texts of each prompt, best first; `ids` are the new ones, an end token included.
+) -> Iterator[list[Settled]]:  # fmt: skip
+    """Yields what each step settled. What can win are the open beams and the finished ones: the ids in which they agree
+    do not change any more, so they can be shown.
 
     Args:
         decoder: not started.
@@ -64,30 +77,42 @@ def beam_search(
     logits = logits[rows]
     nothing = Beam([], -math.inf, [])
     open_ = [_Search(i, [Beam([], 0.0, []), *[nothing] * (K - 1)]) for i in range(len(prompts))]
-    done: list[list[Beam]] = [[] for _ in prompts]
     for position in range(settings.max_new_tokens):
         own = logits.float().log_softmax(1)  # (P K, V)
         logprobs = sampler.adjusted(own, position)
         _check(logprobs, open_, K, position)
         shown = own if raw_logprobs else logprobs
-        parents, tokens, going = [], [], []
+        parents, tokens, going, news = [], [], [], list[Settled]()
         for number, search in enumerate(open_):
             part = slice(number * K, (number + 1) * K)
             chosen = _advance(search, logprobs[part], shown[part], settings, eos, position)
             if _is_done(search, settings, position + 1) or not chosen:
-                done[search.index] = search.finished
+                rest = search.finished[0].ids[len(search.settled) :]
+                news.append(Settled(search.index, rest, search.finished))
                 continue
+            news.append(Settled(search.index, _settle(search)))
             going.append(search)
             parents += [number * K + parent for parent, _ in chosen]
             tokens += [token for _, token in chosen]
+        yield news
         if not going:
-            return done
+            return
         open_ = going
         decoder.select_rows(torch.tensor(parents, device=logits.device))
         sampler.select_rows(parents)
         sampler.add(tokens)
         logits = decoder.step(torch.tensor(tokens, device=logits.device))
     raise AssertionError("the last position ends every beam")
+
+
+def _settle(search: _Search) -> list[int]:
+    """Lengthens `settled` by the ids that all which can win have next, and returns these."""
+    texts = [beam.ids for beam in [*search.finished, *search.beams] if beam.log_probability > -math.inf]
+    begin = at = len(search.settled)
+    while all(len(ids) > at and ids[at] == texts[0][at] for ids in texts):
+        at += 1
+    search.settled += texts[0][begin:at]
+    return search.settled[begin:]
 
 
 def _check(logprobs: Tensor, searches: list[_Search], K: int, position: int) -> None:

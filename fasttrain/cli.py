@@ -27,6 +27,7 @@ from .config import GenerationConfig, TrainConfig, load_config
 from .data import TokenDataset, TokenLoader, prepare_tokens
 from .decoding import Engine
 from .export import ExportFormat, describe_checkpoint, export_checkpoint, newest_of
+from .flags import visible_defaults
 from .generation import generate
 from .llama_weights import LLAMA_FAMILY
 from .models.gpt import GPT, GPTConfig
@@ -355,8 +356,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command = tyro.extras.subcommand_cli_from_dict(
-            with_config_file(arguments), args=arguments, prog="fasttrain", description=__doc__.splitlines()[0]
-        )
+            with_config_file(arguments), args=arguments, prog="fasttrain", description=__doc__.splitlines()[0],
+            registry=visible_defaults(),
+        )  # fmt: skip
         status = command.run()
     except (ValueError, OSError) as error:
         if os.environ.get("FASTTRAIN_TRACEBACK") == "1":

@@ -89,7 +89,8 @@ def generate(
         tokenizer: anything that `as_tokenizer` takes; by default `model.tokenizer`. Ids need none, except for `stop`
             and `dry_breakers`.
         stream: return an iterator instead. For a str prompt it yields pieces of text that joined are the text; for a
-            list of them pairs (row, piece); for ids pairs (row, id). Beam search yields its text at the end.
+            list of them pairs (row, piece); for ids pairs (row, id). Beam search yields what all beams that can still
+            win agree in.
         engine: "native" is the C++ decoder (native_decoding.py) or an error that says why it cannot serve the model;
             "eager" is the model's own forward; "auto" the first where it can serve, else the second.
         processors: functions (ids (1, T) int64, logits (1, V) float32) -> logits (1, V), called in turn for each row

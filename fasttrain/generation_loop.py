@@ -194,7 +194,7 @@ def _draw(logits: Tensor, live: list[Row], sampler: Sampler, job: Job, position:
 
 
 def beam_events_of(job: Job, rows: list[Row]) -> Iterator[list[Event]]:
-    """Beam search, which knows nothing before its end: one round with all."""
+    """Beam search: a text grows by what all beams that can still win agree in."""
     if not rows:
         return
     settings = job.settings
@@ -205,15 +205,19 @@ def beam_events_of(job: Job, rows: list[Row]) -> Iterator[list[Event]]:
     capacity = max(map(len, prompts)) + settings.max_new_tokens - 1
     of_beams = [i for i in range(len(rows)) for _ in range(settings.num_beams)]
     sampler = _sampler(job, [prompts[i] for i in of_beams], [job.seeds[i] for i in of_beams])
-    found = beam_search(job.decoder, prompts, sampler, settings, job.eos, capacity, job.logprobs == "raw")
-    events: list[Event] = []
-    for row, beams in zip(rows, found):
-        best = beams[0]
-        row.new_ids, row.logprobs, row.score = best.ids, best.logprobs, best.score
-        row.reason = "eos" if best.ids[-1] in job.eos else "length"
-        if row.text is not None:
-            row.pieces = [row.text.push(token)[0] for token in best.ids if token not in job.eos]
-            row.pieces.append(row.text.finish())
-        events += [(row.index, token, "") for token in best.ids]
-        events.append((row.index, -1, "".join(row.pieces)))
-    yield events
+    for news in beam_search(job.decoder, prompts, sampler, settings, job.eos, capacity, job.logprobs == "raw"):
+        events = list[Event]()
+        for settled in news:
+            row = rows[settled.index]
+            for token in settled.ids:
+                row.new_ids.append(token)
+                row.pieces.append("" if row.text is None or token in job.eos else row.text.push(token)[0])
+                events.append((row.index, token, row.pieces[-1]))
+            if settled.finished is not None:
+                best = settled.finished[0]
+                row.logprobs, row.score = best.logprobs, best.score
+                row.reason = "eos" if best.ids[-1] in job.eos else "length"
+                if row.text is not None:
+                    row.pieces.append(row.text.finish())
+                    events.append((row.index, -1, row.pieces[-1]))
+        yield events

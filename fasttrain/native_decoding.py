@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def native_problem(model: nn.Module, weight_dtype: WeightDtype = "model") -> str
     if model not in _PREPARED and needed > 0.8 * available:
         return (
             f"its packed weights need {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
-            "weight_dtype='bfloat16' or 'int8' needs less"
+            "weight_dtype='bfloat16', 'int8' or 'int4' needs less"
         )
     return ""
 
@@ -111,8 +112,18 @@ class NativeDecoder:
         return drawn
 
 
-_PREPARED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
-"""Model -> (what its packed weights were made from, the packed weights)."""
+@dataclass
+class _Prepared:
+    """Packed weights and what they were made from."""
+
+    key: tuple[Any, ...]
+    weights: Any
+    sums: list[list[int]]  # of each part of the memory, for each tensor
+    checked: int = 0  # calls that looked at a part
+
+
+_PREPARED: weakref.WeakKeyDictionary[nn.Module, _Prepared] = weakref.WeakKeyDictionary()
+_PARTS = 8  # csrc/checksums.cpp
 
 
 def release(model: nn.Module) -> None:
@@ -121,24 +132,35 @@ def release(model: nn.Module) -> None:
 
 
 def _prepared(model: nn.Module, decoder: LlamaWeights, weight_dtype: WeightDtype) -> Any:
-    """The model's packed weights, packed again if any byte of it changed: training goes on between two texts.
+    """The model's packed weights, packed again if it changed: training goes on between two texts.
 
-    All bytes are summed, because not every change is counted in a tensor's version (`.data`, kernels of one's own); it
-    costs as much as one token.
+    What PyTorch counts (a tensor's version: every operation in place, optimizers, load_state_dict) and tensors put in
+    another's place are noticed at once. What it does not count (`.data`, NumPy, kernels of one's own) is noticed by
+    sums of the bytes, an eighth of the cache lines a call: at once where 1 KiB in a row has changed, else within 8
+    calls. Inference tensors have no version: all their bytes are summed. `release` forces it.
     """
     module: Any = extension()
     wanted = _format(decoder, weight_dtype)
     threads = torch.get_num_threads()
     tensors = decoder.tensors()
-    sums = module.checksums([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors], threads)
+    memory = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+    counted = not any(tensor.is_inference() for tensor in tensors)
+    versions = tuple(tensor._version for tensor in tensors) if counted else None
     # A forked process has no threads of its parent's.
-    key = (os.getpid(), wanted, threads, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors), tuple(sums))
-    if model in _PREPARED and _PREPARED[model][0] == key:
-        return _PREPARED[model][1]
+    shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+    key = (os.getpid(), wanted, threads, shapes, tuple(memory), versions)
+    known = _PREPARED.get(model)
+    if known is not None and known.key == key:
+        parts = [known.checked % _PARTS] if counted else range(_PARTS)
+        known.checked += 1
+        if all(known.sums[part] == module.checksums(memory, threads, part) for part in parts):
+            return known.weights
+    del known
     _PREPARED.pop(model, None)  # first, so that the two never stand in memory together
+    sums = [module.checksums(memory, threads, part) for part in range(_PARTS)]
     weights = module.DecoderWeights(**decoder.sizes, norm_eps=decoder.norm_eps, format=wanted, threads=threads)
     _pack(weights, decoder)
-    _PREPARED[model] = (key, weights)
+    _PREPARED[model] = _Prepared(key, weights, sums)
     return weights
 
 
@@ -181,8 +203,10 @@ def _format(decoder: LlamaWeights, weight_dtype: WeightDtype) -> str:
 
 
 def _bytes_needed(decoder: LlamaWeights, weights: str) -> float:
-    each = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.04}[weights]
-    return each * sum(tensor.numel() for tensor in decoder.matrices())
+    each = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.04, "int4": 0.63}[weights]
+    outer = sum(tensor.numel() for tensor in (decoder.embedding, decoder.head) if tensor is not None)
+    inner = sum(tensor.numel() for tensor in decoder.matrices()) - outer
+    return each * inner + max(each, 1.04) * outer
 
 
 def _available_memory() -> float:

@@ -45,12 +45,6 @@ class RepeatIndex:
             return set(self._positions)
         return {self.ids[j + 1] for agreeing, j in self.repeats() if agreeing >= length}
 
-    def continuation(self, at_least: int, count: int) -> list[int]:
-        """Up to `count` tokens that came after the longest repeat of the end (of equally long ones the latest); none
-        if fewer than `at_least` tokens agree."""
-        length, j = max(self.repeats(), default=(0, 0))
-        return self.ids[j + 1 : j + 1 + count] if length >= at_least else []
-
 
 class Dry:
     """The DRY penalty of one text: tokens that would lengthen a repeat lose logits, the more the longer it is.

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .decoding import BranchingDecoder
-from .repeats import RepeatIndex
+from .ngram_index import ngram_index
 from .truncation import Truncation
 
-MIN_MATCH = 2  # tokens that must repeat before what came next is guessed
+MIN_MATCH, MAX_MATCH = 2, 16  # tokens that must repeat before what came next is guessed; beyond, the latest is taken
 
 
 class Drafter(Protocol):
@@ -46,12 +46,11 @@ class PromptLookup:
     """Guesses what came after the latest longest repeat of the text's end (Saxena 2023)."""
 
     def __init__(self) -> None:
-        self._index = RepeatIndex()
+        self._index = ngram_index(MIN_MATCH, MAX_MATCH)
 
     def propose(self, ids: Sequence[int], count: int) -> list[int]:
-        for token in ids[len(self._index.ids) :]:
-            self._index.append(token)
-        return self._index.continuation(MIN_MATCH, count)
+        self._index.extend(ids[len(self._index) :])
+        return self._index.continuation(count)
 
 
 class DraftModel:

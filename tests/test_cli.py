@@ -200,3 +200,11 @@ def test_a_signal_saves_and_the_same_command_continues(workplace: Path, number: 
     step = int(next((workplace / f"signal-{status}").glob("step-*")).name.removeprefix("step-"))
     command[command.index("100000")] = str(step + 2)
     assert f"step-{step:08d}" in fasttrain(*command, cwd=workplace).stdout
+
+
+def test_help_shows_a_default_of_a_newline_as_one_reads_it(tmp_path: Path) -> None:
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", fasttrain("generate", "--help", cwd=tmp_path).stdout).split())
+    assert r"""sees no repeat. (default: '\n' : '"' '*')""" in shown
+    given = ["--checkpoint", "x", "--prompt", "a", "--dry-breakers", "\n", ""]
+    done = fasttrain("generate", *given, cwd=tmp_path, ok=False)
+    assert "must not hold an empty string" in done.stderr  # they arrive as they were given

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fasttrain import backend, native_decoding, ops
+from fasttrain import AdamW, backend, native_decoding, ops
 from fasttrain.decoding import HuggingFaceDecoder, OwnCacheDecoder, decoder_for
 from fasttrain.generation import generate
 from fasttrain.models.gpt import GPT, GPTConfig
@@ -19,7 +19,22 @@ from fasttrain.native_decoding import NativeDecoder, native_problem, release
 from fasttrain.tokenization import ByteTokenizer
 
 pytestmark = pytest.mark.skipif(backend.extension() is None, reason=backend.CPP_PROBLEM or "has the extension")
-ISAS = [] if backend.extension() is None else backend.extension().available_isas()
+MODULE: Any = backend.extension()
+
+
+def instruction_sets() -> list[tuple[str, bool]]:
+    """Each with and without VNNI, where this CPU has it for that set."""
+    if MODULE is None:
+        return []
+    before, found = MODULE.isa(), []
+    for isa in MODULE.available_isas():
+        MODULE.set_isa(isa)
+        found += [(isa, False), *([(isa, True)] if MODULE.uses_vnni() else [])]
+    MODULE.set_isa(before)
+    return found
+
+
+SETS = instruction_sets()
 PROMPTS = [[5], [7, 1, 7, 2, 9, 0, 3], list(range(3, 143)), [8, 8, 8]]
 
 
@@ -31,14 +46,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=SETS, ids=lambda pair: pair[0] + "-vnni" * pair[1])
 def each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    module = backend.extension()
-    assert module is not None
-    before = module.isa()
-    module.set_isa(request.param)
+    before = MODULE.isa()
+    MODULE.set_isa(request.param[0])
+    MODULE.allow_vnni(request.param[1])
     yield
-    module.set_isa(before)
+    MODULE.set_isa(before)
+    MODULE.allow_vnni(True)
 
 
 def gpt(**changes: Any) -> GPT:
@@ -115,12 +130,45 @@ def test_the_llama_family_gets_the_logits_of_its_own_forward(family: str, change
     assert closeness(got, want) < 2e-5
 
 
-def test_a_batch_equals_its_rows_bit_for_bit_on_any_number_of_threads(each_isa: None) -> None:
+@pytest.mark.parametrize("weight_dtype", ["model", "bfloat16", "int8", "int4"])
+def test_a_batch_equals_its_rows_bit_for_bit_on_any_number_of_threads(each_isa: None, weight_dtype: Any) -> None:
     model = gpt()
-    batch = NativeDecoder(model).start(PROMPTS, 200)
+    batch = NativeDecoder(model, weight_dtype).start(PROMPTS, 200)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(torch.cat([NativeDecoder(model).start([prompt], 200) for prompt in PROMPTS]), batch)
+        alone = [NativeDecoder(model, weight_dtype).start([prompt], 200) for prompt in PROMPTS]
+        assert torch.equal(torch.cat(alone), batch)
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_a_step_of_many_rows_equals_the_steps_of_each(each_isa: None, weight_dtype: Any) -> None:
+    """Integer weights multiply rows in blocks of 12 and tiles of fewer."""
+    model, prompts = gpt(), [[i + 1, 2 * i + 3] for i in range(29)]
+    decoder = NativeDecoder(model, weight_dtype)
+    decoder.start(prompts, 8)
+    together = decoder.step(torch.arange(29))
+    for i in (0, 3, 11, 12, 23, 24, 28):
+        decoder.start(prompts[i : i + 1], 8)
+        assert torch.equal(decoder.step(torch.tensor([i])), together[i : i + 1])
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_vnni_computes_the_same_numbers_as_the_products_without_it(weight_dtype: Any) -> None:
+    if not any(vnni for _, vnni in SETS):
+        pytest.skip("this CPU has no VNNI")
+    before, model = MODULE.isa(), gpt()
+    try:
+        for isa in {isa for isa, vnni in SETS if vnni}:
+            MODULE.set_isa(isa)
+            logits = []
+            for allowed in (True, False):
+                MODULE.allow_vnni(allowed)
+                assert MODULE.uses_vnni() == allowed
+                logits.append(logits_along(NativeDecoder(model, weight_dtype), PROMPTS))
+            assert torch.equal(*logits)
+    finally:
+        MODULE.set_isa(before)
+        MODULE.allow_vnni(True)
 
 
 def test_a_prompt_in_pieces_equals_the_prompt_at_once() -> None:
@@ -181,6 +229,29 @@ def in_8_bits(weight: Tensor) -> Tensor:
     groups = nn.functional.pad(weight, (0, -weight.shape[1] % 64)).unflatten(1, (-1, 64))
     scale = (groups.abs().amax(2, keepdim=True) / 127.0).bfloat16().float()
     return ((groups / scale).round().clamp(-127, 127) * scale).flatten(1)[:, : weight.shape[1]]
+
+
+def on_the_4_bit_grid(weight: Tensor) -> Tensor:
+    """Weights that are scale * n + least in each group of 32, with both ends of 0 .. 15 in use."""
+    groups = nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
+    least, scale = groups.amin(2, keepdim=True).bfloat16().float(), (groups.std(2, keepdim=True) / 3).bfloat16().float()
+    n = ((groups - least) / scale).round().clamp(0, 15)
+    n[..., 0], n[..., 1] = 0, 15
+    return (n * scale + least).flatten(1)[:, : weight.shape[1]]
+
+
+def test_4_bits_keep_what_4_bits_can_hold_and_lose_more_than_8_of_the_rest(each_isa: None) -> None:
+    model = gpt()
+    before = logits_along(OwnCacheDecoder(model), PROMPTS)
+    loss = {kind: closeness(logits_along(NativeDecoder(model, kind), PROMPTS), before) for kind in ("int8", "int4")}
+    assert loss["int8"] < 0.3 * loss["int4"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                outer = "embedding" in name or "head" in name
+                parameter.copy_((in_8_bits if outer else on_the_4_bit_grid)(parameter))
+    got, want = logits_along(NativeDecoder(model, "int4"), PROMPTS), logits_along(OwnCacheDecoder(model), PROMPTS)
+    assert closeness(got, want) < 8e-3  # keys and values in float16
 
 
 def test_a_bfloat16_model_keeps_its_weights() -> None:
@@ -269,13 +340,69 @@ def test_a_model_in_training_keeps_no_packed_copy() -> None:
 def test_weights_that_change_are_packed_again_and_those_that_stay_are_not() -> None:
     model = gpt()
     first = NativeDecoder(model)
-    assert NativeDecoder(model)._weights is first._weights
     before = first.start([[1, 2]], 4)
-    model.blocks[1].mlp.down.weight.data[3, 5] += 1.0  # `.data`: no version counts this
-    after = NativeDecoder(model).start([[1, 2]], 4)
-    assert not torch.equal(before, after)
-    assert closeness(after, logits_along(OwnCacheDecoder(model), [[1, 2]], steps=0)) < 2e-5
-    assert torch.equal(first.start([[1, 2]], 4), before)  # a text under way keeps its weights
+
+    def all_grads() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        all_grads()
+        optimizer.step()
+
+    down = model.blocks[1].mlp.down
+    changes: dict[str, Any] = {
+        "torch's optimizer": lambda: step(torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)),
+        "ours": lambda: step(AdamW(model.parameters(), lr=1e-2)),
+        "load_state_dict": lambda: model.load_state_dict(gpt(tie_embeddings=True).state_dict()),
+        "one number, counted": lambda: down.weight.detach()[3, 5].add_(1.0),
+        ".data of a matrix": lambda: down.weight.data.mul_(1.5),
+        ".data of some rows": lambda: down.weight.data[4:8].zero_(),
+        "another tensor": lambda: setattr(down, "weight", nn.Parameter(down.weight.detach().clone() + 0.1)),
+    }
+    for name, change in changes.items():
+        for _ in range(9):
+            assert NativeDecoder(model)._weights is NativeDecoder(model)._weights, name
+        before = NativeDecoder(model).start([[1, 2]], 4)
+        change()
+        after = NativeDecoder(model).start([[1, 2]], 4)
+        assert not torch.equal(before, after), name
+        assert closeness(after, logits_along(OwnCacheDecoder(model), [[1, 2]], steps=0)) < 2e-5, name
+    kept = NativeDecoder(model)
+    before = kept.start([[1, 2]], 4)
+    down.weight.data[3, 5] += 1.0  # the least that can change, where nobody counts: seen within 8 calls
+    seen = [not torch.equal(NativeDecoder(model).start([[1, 2]], 4), before) for _ in range(8)]
+    assert seen == sorted(seen) and seen[-1]
+    assert torch.equal(kept.start([[1, 2]], 4), before)  # a text under way keeps its weights
+
+
+def test_weights_without_versions_are_read_whole_at_each_call() -> None:
+    with torch.inference_mode():
+        model = gpt()
+    assert all(parameter.is_inference() for parameter in model.parameters())
+    before = NativeDecoder(model).start([[1, 2]], 4)
+    with torch.inference_mode():
+        model.blocks[1].mlp.down.weight[3, 5] += 1.0
+    assert not torch.equal(NativeDecoder(model).start([[1, 2]], 4), before)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 511, 512, 4999, 3 * 2**20 + 17])
+def test_sums_of_parts_see_every_byte_once_and_a_whole_block_every_time(size: int) -> None:
+    memory = torch.arange(size).to(torch.uint8)
+
+    def sums() -> list[list[int]]:
+        return [MODULE.checksums([(memory.data_ptr(), size)], 2, part) for part in range(8)]
+
+    before, whole = sums(), MODULE.checksums([(memory.data_ptr(), size)], 1)
+    for at in {0, size // 3, size // 2, size - 1}:
+        memory[at] += 1
+        assert sum(a != b for a, b in zip(sums(), before)) == 1
+        assert MODULE.checksums([(memory.data_ptr(), size)], 2) != whole
+        memory[at] -= 1
+    assert sums() == before
+    if size > 2000:
+        memory[700 : 700 + 1024] += 1
+        assert all(a != b for a, b in zip(sums(), before))
 
 
 def test_memory_is_given_back_with_the_model_or_when_asked() -> None:
@@ -355,19 +482,20 @@ def test_what_cannot_be_served_says_why_and_auto_goes_on_without() -> None:
 def test_too_large_a_model_is_left_to_the_eager_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     model = gpt()
     monkeypatch.setattr(native_decoding, "_available_memory", lambda: 1000.0)
-    assert "weight_dtype='bfloat16' or 'int8' needs less" in native_problem(model)
+    assert "weight_dtype='bfloat16', 'int8' or 'int4' needs less" in native_problem(model)
     assert isinstance(decoder_for(model), OwnCacheDecoder)
 
 
-def test_bad_logits_and_ids_are_errors() -> None:
+@pytest.mark.parametrize("weight_dtype", ["model", "int8", "int4"])
+def test_bad_logits_and_ids_are_errors(weight_dtype: Any) -> None:
     model = gpt()
     with torch.no_grad():
         model.final_norm.weight[0] = float("nan")
-    decoder = NativeDecoder(model)
+    decoder = NativeDecoder(model, weight_dtype)
     decoder.start([[1], [2]], 4)
     with pytest.raises(ValueError, match="row 0 of the logits holds NaN"):
         decoder.run(1, [0, 0], 203, [], None, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     with pytest.raises(ValueError, match="prompt 0, new token 0: logits: row 0 holds NaN"):
-        generate(model, [[1], [2]], max_new_tokens=2, engine="native")
+        generate(model, [[1], [2]], max_new_tokens=2, engine="native", weight_dtype=weight_dtype)
     with pytest.raises(ValueError, match="outside of the vocabulary"):
         NativeDecoder(model).start([[203]], 4)

@@ -4,6 +4,7 @@ where they exist, against the formula token by token where they do not."""
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fasttrain import backend
 from fasttrain.config import GenerationConfig
+from fasttrain.ngram_index import PythonNgramIndex
 from fasttrain.penalties import Penalties, SeenTokens, penalized_reference
 from fasttrain.repeats import Dry, RepeatIndex
 from fasttrain.sampler import Sampler
@@ -225,7 +228,46 @@ def test_dry_breakers_are_found_in_text_and_across_tokens() -> None:
     assert lost([3, 4, 1, 2, 6, 3, 4, 1, 2], "<|end|>") == {6: 1.0}  # only the two after it count
 
 
-def test_lookup_continues_the_longest_and_of_equals_the_latest_repeat() -> None:
-    assert RepeatIndex([1, 2, 3, 9, 2, 3, 7, 1, 2, 3]).continuation(2, 2) == [9, 2]
-    assert RepeatIndex([2, 3, 9, 2, 3, 7, 2, 3]).continuation(2, 9) == [7, 2, 3]
-    assert RepeatIndex([2, 3, 9, 3]).continuation(2, 9) == [] == RepeatIndex().continuation(1, 3)
+KINDS = [PythonNgramIndex] + ([backend.extension().NgramIndex] if backend.extension() else [])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lookup_continues_the_longest_and_of_equals_the_latest_repeat(kind: Any) -> None:
+    def found(ids: list[int], count: int, shortest: int = 2, longest: int = 16) -> list[int]:
+        index = kind(shortest, longest)
+        index.extend(ids)
+        assert len(index) == len(ids)
+        return index.continuation(count)
+
+    assert found([1, 2, 3, 9, 2, 3, 7, 1, 2, 3], 2) == [9, 2]
+    assert found([2, 3, 9, 2, 3, 7, 2, 3], 9) == [7, 2, 3]
+    assert found([1, 2, 3, 9, 2, 3, 7, 1, 2, 3], 2, longest=2) == [7, 1]  # three agree there, two count
+    assert found([2, 3, 9, 3], 9) == [] == found([], 3)
+    assert found([2, 3, 9, 3], 9, shortest=1) == [9, 3]
+
+
+@pytest.mark.skipif(backend.extension() is None, reason=backend.CPP_PROBLEM or "has the extension")
+def test_the_compiled_lookup_proposes_what_the_reference_does_over_random_streams() -> None:
+    module: Any = backend.extension()
+    proposals = 0
+    for seed in range(60):
+        draw = random.Random(seed)
+        shortest = draw.randint(1, 4)
+        longest = shortest + draw.choice([0, 1, 3, 12])
+        index, reference = module.NgramIndex(shortest, longest), PythonNgramIndex(shortest, longest)
+        size, text = draw.choice([2, 3, 8, 50000]), list[int]()
+        for _ in range(200):
+            if text and draw.random() < 0.3:  # repeats longer than chance makes
+                begin = draw.randrange(len(text))
+                piece = text[begin : begin + draw.randint(1, 25)]
+            else:
+                piece = [draw.randrange(size)]
+            text += piece
+            index.extend(piece)
+            reference.extend(piece)
+            count = draw.randint(0, 9)
+            assert index.continuation(count) == reference.continuation(count)
+            proposals += bool(reference.continuation(count))
+    assert proposals > 3000
+    with pytest.raises(ValueError, match="shortest=3 and longest=2 must hold 1 <= shortest <= longest"):
+        module.NgramIndex(3, 2)

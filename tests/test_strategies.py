@@ -232,6 +232,30 @@ def test_a_beams_log_probabilities_add_up_to_its_score() -> None:
     assert row.text == generate(byte_model(), "Once", **options)
 
 
+class SureThenNot(nn.Module):
+    """Says the alphabet for 12 positions, after which several texts are about as likely."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        table = torch.randn(26, 26, generator=torch.Generator().manual_seed(0))
+        sure = 30.0 * torch.nn.functional.one_hot((ids + 1) % 26, 26).float()
+        return torch.where((torch.arange(ids.shape[1]) < 12)[:, None], sure, table[ids])
+
+
+def test_beams_are_streamed_as_far_as_those_that_can_still_win_agree() -> None:
+    model, calls, arrived = SureThenNot(), [0], list[int]()
+    model.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 30, "eos_token_id": (7, 3), "length_penalty": 0.4}
+    expected = generate(model, [[0], [4, 5]], **options)
+    calls[0] = 0
+    ids: list[list[int]] = [[], []]
+    for row, token in generate(model, [[0], [4, 5]], **options, stream=True):
+        ids[row].append(token)
+        arrived.append(calls[0])
+        assert expected[row][: len(ids[row])] == ids[row]  # what was shown stays
+    assert ids == expected and ids[0][:2] == [1, 2]
+    assert arrived[0] < 20 < calls[0] + 20 and arrived[0] < calls[0]  # while the search goes on
+
+
 # --- Samples, seeds, log-probabilities
 
 

@@ -1,0 +1,185 @@
+// Products of 8-bit and 4-bit weights with inputs in 16 bits, written over `Vec`, `Quads` and `PairProducts` and compiled
+// like decode_kernels.h, after it; once more where the CPU sums two products in one instruction (VNNI).
+//
+// Inputs are rounded once a pass, with a scale for each group of weights, and so finely that what is lost is what the
+// weights lost (to 8 bits would cost four times the perplexity). That is a function of the row alone, the sums of a group
+// are exact, and one chain of fused multiply-adds joins the groups in order: a token's numbers depend neither on its
+// batchmates nor on the threads.
+
+// Most rows at a time: their sums, the weights of one panel against a quad of inputs, and that quad fit the registers.
+constexpr int kMostIntegerRows = Vec::width == 8 ? 2 : kMostRows;
+static_assert(kRowBlock % kMostIntegerRows == 0);
+
+// Weights w = d (u - 128): four inputs of an output side by side. `factors` are those against the n-th quad of inputs.
+struct Int8Products {
+  static constexpr int kGroup = static_cast<int>(kInt8Group), kStep = 4, kQuads = 2;
+  static constexpr bool kMinima = false;
+  template <int kQuad>
+  static Quads factors(Quads four) { return four.fields<8 * kQuad, 8>(); }
+};
+
+// Weights w = d n + m, n in 0 .. 15: four inputs of an output in the low halves of four bytes, the next four in the high
+// ones.
+struct Int4Products {
+  static constexpr int kGroup = static_cast<int>(kInt4Group), kStep = 8, kQuads = 4;
+  static constexpr bool kMinima = true;
+  template <int kQuad>
+  static Quads factors(Quads eight) { return eight.fields<kQuad % 2 * 8 + kQuad / 2 * 4, 4>(); }
+};
+
+constexpr int kStepBytes = kPanel * 4;
+
+// Adds a group's products of the n-th quad of each step. The quads come one after the other, with the group in the L1
+// cache: together, their factors and the sums would not fit the registers.
+template <class F, int M, int P, bool kFetch, int kQuad>
+inline __attribute__((always_inline)) void quad_products(const unsigned char* at, const unsigned char* w, std::size_t panel_bytes,
+                                                         const unsigned char*& inputs, std::int64_t count, Quads (&sum)[M][P * kVecs]) {
+  constexpr int kLines = kStepBytes / 64;
+  for (int step = 0; step < F::kGroup / F::kStep; ++step, at += kStepBytes, inputs += count * 4) {
+    if constexpr (kFetch) {
+      std::size_t ahead = at - w + kPrefetchBytes;
+      if (P > 1 && ahead >= panel_bytes) ahead += (P - 1) * panel_bytes;  // the panels beside are being read already
+#pragma GCC unroll 8
+      for (int line = 0; line < P * kLines; ++line) __builtin_prefetch(w + line / kLines * panel_bytes + ahead + line % kLines * 64);
+    }
+    Quads weight[P * kVecs];
+#pragma GCC unroll 64
+    for (int v = 0; v < P * kVecs; ++v) weight[v] = F::template factors<kQuad>(Quads::load(at + (v / kVecs) * panel_bytes + v % kVecs * 4 * Vec::width));
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Quads input = Quads::spread(inputs + m * 4);
+#pragma GCC unroll 64
+      for (int v = 0; v < P * kVecs; ++v) sum[m][v] = PairProducts::plus(sum[m][v], weight[v], input);
+    }
+  }
+}
+
+// y (M, ldy) = or += rows [row, row + M) of a block times P panels. `kFetch` as in decode_kernels.h.
+template <class F, int M, int P, bool kFetch>
+void integer_tile(const Matrix& matrix, std::int64_t panel, const RowBlock& x, std::int64_t row, float* y, std::ptrdiff_t ldy, bool add_to) {
+  constexpr int kPanelVecs = P * kVecs;
+  const unsigned char* w = matrix.weights.get<unsigned char>() + panel * matrix.panel_bytes;
+  const bfloat16* scales = matrix.scales.get<bfloat16>() + panel * matrix.panel_scales;
+  const unsigned char* inputs = x.values + row * 4;
+  Vec total[M][kPanelVecs];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 64
+    for (int v = 0; v < kPanelVecs; ++v) total[m][v] = Vec::set(0);
+  for (std::int64_t group = 0; group * F::kGroup < matrix.padded_inputs; ++group) {
+    const std::int64_t first = group * x.count + row;
+    Quads sum[M][kPanelVecs];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 64
+      for (int v = 0; v < kPanelVecs; ++v) sum[m][v] = Quads::set(x.offsets[first + m]);
+    const unsigned char* at = w + group * (F::kGroup / F::kStep) * kStepBytes;
+    quad_products<F, M, P, kFetch, 0>(at, w, matrix.panel_bytes, inputs, x.count, sum);
+    quad_products<F, M, P, false, 1>(at, w, matrix.panel_bytes, inputs, x.count, sum);
+    if constexpr (F::kQuads == 4) {
+      quad_products<F, M, P, false, 2>(at, w, matrix.panel_bytes, inputs, x.count, sum);
+      quad_products<F, M, P, false, 3>(at, w, matrix.panel_bytes, inputs, x.count, sum);
+    }
+#pragma GCC unroll 64
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const bfloat16* of_group = scales + (v / kVecs) * matrix.panel_scales + group * (F::kMinima ? 2 : 1) * kPanel + (v % kVecs) * Vec::width;
+      const Vec scale = Vec::load(of_group);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        total[m][v] = Vec::fma(sum[m][v].to_float() * Vec::set(x.scales[first + m]), scale, total[m][v]);
+        if constexpr (F::kMinima) total[m][v] = Vec::fma(Vec::set(x.sums[first + m]), Vec::load(of_group + kPanel), total[m][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 64
+    for (int v = 0; v < kPanelVecs; ++v) {
+      float* to = y + m * ldy + v * Vec::width;
+      (add_to ? Vec::load(to) + total[m][v] : total[m][v]).store(to);
+    }
+}
+
+template <class F, int P, int M>
+void last_integer_rows(int rows, const Matrix& matrix, std::int64_t panel, const RowBlock& x, std::int64_t row, float* y, std::ptrdiff_t ldy,
+                       bool add_to) {
+  if constexpr (M > 0) {
+    if (rows == M) return integer_tile<F, M, P, true>(matrix, panel, x, row, y, ldy, add_to);
+    last_integer_rows<F, P, M - 1>(rows, matrix, panel, x, row, y, ldy, add_to);
+  }
+}
+
+// y (rows, ldy) = or += x times panels [first, last) of a matrix.
+template <class F>
+void multiply_integers(const Matrix& matrix, std::int64_t first, std::int64_t last, const Rows& x, std::int64_t rows, float* y, std::ptrdiff_t ldy,
+                       bool add_to) {
+  constexpr int kPairRows = kMostIntegerRows / 2 > 0 ? kMostIntegerRows / 2 : 1;
+  for (std::int64_t panel = first; panel < last;) {
+    float* out = y + panel * kPanel;
+    if (rows <= kPairRows && panel + 2 <= last) {  // two panels at a time: more chains in flight
+      last_integer_rows<F, 2, kPairRows>(static_cast<int>(rows), matrix, panel, x.block(0, rows, matrix), 0, out, ldy, add_to);
+      panel += 2;
+      continue;
+    }
+    for (std::int64_t begin = 0; begin < rows; begin += kRowBlock) {
+      const RowBlock block = x.block(begin, rows, matrix);
+      std::int64_t m = 0;
+      for (; m + kMostIntegerRows <= block.count; m += kMostIntegerRows) {
+        const auto full = begin + m == 0 ? &integer_tile<F, kMostIntegerRows, 1, true> : &integer_tile<F, kMostIntegerRows, 1, false>;
+        full(matrix, panel, block, m, out + (begin + m) * ldy, ldy, add_to);
+      }
+      last_integer_rows<F, 1, kMostIntegerRows - 1>(static_cast<int>(block.count - m), matrix, panel, block, m, out + (begin + m) * ldy, ldy, add_to);
+    }
+    ++panel;
+  }
+}
+
+// Rounds a row to 16 bits: q = round(x / scale), scale = max |x| / 32512 of the group: 15 bits and a half, so that the sum
+// of a group fits in 32. NaN and infinities make the scale NaN, so that they are seen in what is computed.
+template <class F>
+void quantize_row(const float* x, std::int64_t n, const RowBlock& out, std::int64_t row) {
+  constexpr int kGroup = F::kGroup;
+  constexpr float kMost = 32512;
+  static_assert(kGroup * 255.0 * kMost + 128.0 * kGroup * kMost < 2147483648.0);
+  unsigned char* to = out.values + row * 4;
+  for (std::int64_t group = 0; group * kGroup < n; ++group) {
+    const float* from = x + group * kGroup;
+    Vec largest = Vec::set(0), odd = Vec::set(0), sum = Vec::set(0);
+    for (int i = 0; i < kGroup; i += Vec::width) {
+      const Vec a = Vec::load(from + i);
+      largest = Vec::max(largest, magnitude(a));
+      odd = odd + (a - a);  // 0 of a number
+    }
+    const float most = largest.max(), strange = odd.sum();
+    const bool usable = most > 1e-30f && strange == 0;  // below: nothing that a sum would feel, and the inverse overflows
+    alignas(64) std::int16_t rounded[kGroup] = {}, quads[kGroup];
+    if (usable) {
+      const Vec inverse = Vec::set(kMost / most);
+      for (int i = 0; i < kGroup; i += Vec::width) {
+        const Vec q = round(Vec::load(from + i) * inverse);
+        q.store(rounded + i);
+        sum = sum + q;
+      }
+    }
+    constexpr int kHalves = F::kGroup / F::kStep * 2;  // of one quad of each step
+    for (int i = 0; i < kGroup; ++i)  // of four inputs the first and third, the second and fourth: as the fields of weights are
+      quads[(i % F::kStep / 4 * 2 + i % 2) * kHalves + i / F::kStep * 2 + i % 4 / 2] = rounded[i];
+    for (int i = 0; i < kGroup; i += 2, to += out.count * 4) std::memcpy(to, quads + i, 4);
+    const std::int64_t at = group * out.count + row;
+    out.scales[at] = (usable ? most / kMost : 0.0f) + strange;
+    out.offsets[at] = F::kMinima ? 0 : -128 * static_cast<std::int32_t>(sum.sum());
+    out.sums[at] = out.scales[at] * sum.sum();
+  }
+}
+
+void quantize(const float* x, const Matrix& matrix, const RowBlock& out, std::int64_t row) {
+  if (matrix.format == WeightFormat::int8) quantize_row<Int8Products>(x, matrix.padded_inputs, out, row);
+  else quantize_row<Int4Products>(x, matrix.padded_inputs, out, row);
+}
+
+Kernels with_integers(Kernels table) {
+  table.multiply[static_cast<int>(WeightFormat::int8)] = &multiply_integers<Int8Products>;
+  table.multiply[static_cast<int>(WeightFormat::int4)] = &multiply_integers<Int4Products>;
+  table.quantize = &quantize;
+  return table;
+}
