@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import one_thread, plain_loader, tiny_gpt, tiny_trainer  # noqa: F401
+from tiny_runs import one_thread, plain_loader, tiny_gpt, tiny_trainer, tokens  # noqa: F401
 from torch import nn
 
 from fasttrain import saver as saver_module
@@ -194,6 +194,22 @@ def test_state_that_is_no_plain_data_is_refused_where_it_is_saved_and_named(tmp_
     assert list_checkpoints(tmp_path) == []
 
 
+def test_the_end_of_the_data_waits_for_the_save_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step was saved behind the training, like any other: only the next fetch told that there is no more."""
+    real = saver_module.write_snapshot
+
+    def slow(*args: Any, **options: Any) -> Path:
+        time.sleep(0.3)
+        return real(*args, **options)
+
+    monkeypatch.setattr(saver_module, "write_snapshot", slow)
+    x = tokens(5 * 16).view(5, 2, 8)
+    trainer = tiny_trainer(tmp_path, [(batch, batch) for batch in x], max_steps=0, max_epochs=1, save_every_steps=1)
+    result = trainer.train()
+    assert result.step == 5 and result.checkpoint == tmp_path / "step-00000005" == list_checkpoints(tmp_path)[-1]
+    assert verify_checkpoint(result.checkpoint) == []
+
+
 def test_an_exception_waits_for_the_save_that_runs(tmp_path: Path, gate: Gate) -> None:
     calls: list[int] = []
 
@@ -290,10 +306,12 @@ def test_a_large_state_is_written_by_several_threads_and_is_the_same_bytes(
     assert verify_checkpoint(many) == []
     for file in one.iterdir():
         assert file.read_bytes() == (many / file.name).read_bytes()
-    full = OSError(errno.ENOSPC, "full")
+    write = os.write
 
-    def refuse(*args: Any) -> int:
-        raise full
+    def refuse(descriptor: int, data: Any) -> int:
+        if len(data) > 100_000:  # a tensor's, on its file's own thread
+            raise OSError(errno.ENOSPC, "full")
+        return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", refuse)
     with pytest.raises(OSError, match="no room"):

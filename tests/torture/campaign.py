@@ -54,10 +54,14 @@ class Part:
     note: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     """Numbers that the note names in braces; those of several jobs are added."""
+    seconds: list[float] = field(default_factory=list)
+    """Durations, whose {p50} and {p99} in milliseconds the note may name."""
 
     def line(self) -> str:
         bound = f"≤ {3 / self.trials:.2g}" if self.trials >= 10 and not self.wrong else ""
-        note = self.note.format(**self.counts)
+        times = sorted(self.seconds) or [0.0]
+        at = {"p50": f"{times[len(times) // 2] * 1e3:.0f} ms", "p99": f"{times[len(times) * 99 // 100] * 1e3:.0f} ms"}
+        note = self.note.format(**self.counts, **at)
         return f"| {self.name} | {self.trials:,} | {len(self.wrong)} | {bound} | {note} |"
 
 
@@ -354,7 +358,7 @@ def interrupted_run(directory: Path, write: int, early: bool) -> None:
 
 def signals(count: int, seed: int) -> Part:
     """Signals at random instants: preflight, step, evaluation, generation, save; exit code and checkpoint checked."""
-    chance, part, latencies = random.Random(seed), Part("signals at random instants", 0), []
+    chance, part = random.Random(seed), Part("signals at random instants", 0)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         for index in range(count):
@@ -369,7 +373,7 @@ def signals(count: int, seed: int) -> Part:
             start = time.perf_counter()
             os.kill(pid, number)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            latencies.append(time.perf_counter() - start)
+            part.seconds.append(time.perf_counter() - start)
             with os.fdopen(read) as pipe:
                 told = pipe.read().lstrip("!").split()
             found = latest_checkpoint(directory, log=lambda line: None)
@@ -382,11 +386,9 @@ def signals(count: int, seed: int) -> Part:
             ):
                 part.wrong.append(f"{signal.Signals(number).name}: exit {code}, told {told}, newest {found}")
             shutil.rmtree(directory, ignore_errors=True)
-    latencies.sort()
     part.note = (
-        f"exit codes 130, 138, 143, checkpoint of the step itself; signal to exit p50 "
-        f"{latencies[len(latencies) // 2] * 1e3:.0f} ms, p99 {latencies[len(latencies) * 99 // 100] * 1e3:.0f} "
-        f"ms; a quarter of them in preflight; seed {seed}"
+        "exit codes 130, 138, 143, checkpoint of the step itself; signal to exit p50 {p50}, p99 {p99}; a quarter of "
+        "them in preflight"
     )
     return part
 

@@ -101,9 +101,14 @@ def _random_kills(shard: int, of: int) -> Job:
                lambda scale, seed: [campaign.killed_runs(scaled(1200 // of, scale), seed * 1000 + shard)])
 
 
+def _signals(shard: int, of: int) -> Job:
+    return Job(f"signals {shard + 1} of {of}",
+               lambda scale, seed: [campaign.signals(scaled(1000 // of, scale), seed * 1000 + shard)])
+
+
 JOBS: list[Job] = [  # the longest first, so that the last ones to end are short
     *(_resume(kind) for kind in campaign.LOADERS),
-    Job("signals", lambda scale, seed: [campaign.signals(scaled(1000, scale), seed)]),
+    *(_signals(shard, 4) for shard in range(4)),
     *(_weather(kinds) for kinds in ("the call", "once", "from then on", "random")),
     Job("power cuts", lambda scale, seed: [campaign.power_cuts(10**9)]),
     *(_random_kills(shard, 4) for shard in range(4)),
@@ -123,6 +128,7 @@ def merged(ended: Iterable[Ended]) -> list[Part]:
         row = rows.setdefault(part.name, Part(part.name, 0))
         row.trials += part.trials
         row.wrong = [*row.wrong, *part.wrong]
+        row.seconds = [*row.seconds, *part.seconds]
         row.counts = {key: row.counts.get(key, 0) + part.counts.get(key, 0) for key in {**row.counts, **part.counts}}
         if part.note and part.note not in row.note.split("; "):
             row.note = f"{row.note}; {part.note}" if row.note else part.note

@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant(
         "no hash check of tensors",
         "treefiles.py",
-        "if hash_range(descriptor, 0, entry.tensor_file.size) != ",
+        "if hashed and hash_range(descriptor, 0, entry.tensor_file.size) != ",
         "if False and hash_range(descriptor, 0, entry.tensor_file.size) != ",
     ),
     Mutant(
@@ -98,7 +98,7 @@ MUTANTS = [
     ),
     Mutant("no reading back", "saver.py", "            if problems:\n", "            if False:\n"),
     Mutant(
-        "no waiting at the end", "trainer.py", "                saver.collect(wait=True)\n", "                pass\n"
+        "no waiting at the end", "session.py", "                saver.collect(wait=True)\n", "                pass\n"
     ),
     Mutant("the hash is not waited for", "storage.py", "            self._thread.join()\n", ""),
     Mutant("errors of a file's thread are swallowed", "treefiles.py", "    if errors:\n", "    if False:\n"),
