@@ -108,7 +108,7 @@ def _signals(shard: int, of: int) -> Job:
 
 JOBS: list[Job] = [  # the longest first, so that the last ones to end are short
     *(_resume(kind) for kind in campaign.LOADERS),
-    *(_signals(shard, 4) for shard in range(4)),
+    *(_signals(shard, 8) for shard in range(8)),
     *(_weather(kinds) for kinds in ("the call", "once", "from then on", "random")),
     Job("power cuts", lambda scale, seed: [campaign.power_cuts(10**9)]),
     *(_random_kills(shard, 4) for shard in range(4)),
