@@ -109,6 +109,11 @@ class Shards(Whole):
         return sums
 
 
+# torch 2.13 has new names for these two and warns of the old ones.
+_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _Gathering:
     """PyTorch's all-gather of a block's parameters: counted, and a rank that does not come is named."""
 
@@ -121,7 +126,7 @@ class _Gathering:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         self._team.bytes += output_tensor.nbytes
         with self._team.calling("gathering parameters"):
-            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+            return _GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Scattering:
@@ -137,7 +142,7 @@ class _Scattering:
                  async_op: bool = False) -> Any:
         self._team.bytes += input_tensor.nbytes
         with self._team.calling("summing gradients"):
-            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+            return _SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def _allocated(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
