@@ -271,7 +271,12 @@ def join() -> Team:
                              "torchrun, or unset RANK to train with one process")
         if on_cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=limit)
+        # torchrun keeps one store over its restarts: without a prefix, a rank finds its neighbour's old address.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"attempt/{attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                                timeout=limit)
         atexit.register(_leave)
     if dist.get_world_size() == 1:
         return ALONE

@@ -54,7 +54,8 @@ class Progress(Callback):
         self._run, self._pace_step = run, state.step
         self._started = self._pace_start = time.monotonic()
         self._last_shown, self._records = -math.inf, 0
-        self._previous = {"tokens": state.counters.tokens_seen, "seconds": 0.0, "phase_seconds": {}}
+        self._previous = {"tokens": state.counters.tokens_seen, "seconds": 0.0, "phase_seconds": {},
+                          "communication_seconds": state.team.seconds}
 
     def on_step(self, state: TrainState) -> None:
         if self.screen.live and time.monotonic() - self._last_shown >= _REDRAW_SECONDS:
@@ -121,7 +122,7 @@ class Progress(Callback):
                    "data wait": f"{waited / seconds:.0%}"}
         ranks = record.get("ranks", 1)
         if ranks > 1:
-            told = record["communication_seconds"] - before.get("communication_seconds", 0.0)
+            told = record["communication_seconds"] - before["communication_seconds"]
             figures["each rank"] = f"{format_count(round(rate / ranks))} tok/s"
             figures["communication"] = f"{told / seconds:.0%}"
         flops, peak = (self._run.flops_per_token, self._run.peak_flops) if self._run is not None else (None, None)
