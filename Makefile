@@ -31,11 +31,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The C++ built with the address and undefined-behaviour sanitizers, aside, and the ops' tests on it.
+# The C++ built with the address and undefined-behaviour sanitizers, aside, and the tests of ops and decoder on it.
 sanitize: $(STAMP)
 	FASTTRAIN_SANITIZE=1 FASTTRAIN_BUILD=require $(BIN)/python setup.py -q build --build-base build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONPATH=$$(echo build/sanitize/lib.*) $(BIN)/pytest -q -p no:cacheprovider tests/ops -k "not triton and not graph_break and not memory"
+	PYTHONPATH=$$(echo build/sanitize/lib.*):. $(BIN)/pytest -q -p no:cacheprovider --capture=sys tests/ops \
+	tests/test_native_decoding.py tests/test_sampler.py tests/test_generation.py -k "not triton and not graph_break and not memory"
 
 # What can be known about the GPU kernels without a GPU: bytes counted, machine code read, time modelled.
 gate: $(STAMP)

@@ -25,6 +25,9 @@ BYTES = {
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+COMPILED_UP_TO = 3
+"""Large tensors: a graph of hundreds of tensors takes Inductor minutes, and its time per parameter is the same."""
+
 
 def parameters(num_large: int) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
@@ -47,8 +50,25 @@ def torch_step(params: list[torch.nn.Parameter], **options: Any) -> Callable[[],
     return step
 
 
-def our_step(params: list[torch.nn.Parameter], state_dtype: str = "float32") -> Callable[[], None]:
-    optimizer = AdamW(params, lr=1e-3, max_grad_norm=1.0, state_dtype=state_dtype)
+def compiled_step(params: list[torch.nn.Parameter]) -> Callable[[], None]:
+    """PyTorch's clip and its unfused update in one graph; lr is a tensor, or a new value would compile again."""
+    optimizer = torch.optim.AdamW(params, lr=torch.tensor(1e-3), foreach=True)
+
+    @torch.compile
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    def step() -> None:
+        update()
+        optimizer.zero_grad(set_to_none=False)
+        finish()
+
+    return step
+
+
+def our_step(params: list[torch.nn.Parameter], state_dtype: str = "float32", impl: str = "auto") -> Callable[[], None]:
+    optimizer = AdamW(params, lr=1e-3, max_grad_norm=1.0, state_dtype=state_dtype, impl=impl)
 
     def step() -> None:
         optimizer.step(zero_grads=True)
@@ -80,14 +100,17 @@ def traffic(params: list[torch.nn.Parameter]) -> Callable[[], None]:
 def test_adamw(benchmark: Any, num_large: int) -> None:
     """Every call leaves zeros in the gradients; no time depends on their values, so they are not filled again."""
     check()
-    sets = [parameters(num_large) for _ in range(5)]
+    sets = [parameters(num_large) for _ in range(7)]
     others = {
         "floor: traffic": traffic(sets[0]),
         "torch fused + clip": torch_step(sets[1], fused=True),
         "torch foreach + clip": torch_step(sets[2], foreach=True),
         "fasttrain, bfloat16 moments": our_step(sets[3], "bfloat16"),
         "fasttrain, int8 moments": our_step(sets[4], "int8"),
+        "reference": our_step(sets[5], impl="reference"),
     }
+    if num_large <= COMPILED_UP_TO:
+        others["torch.compile + clip"] = compiled_step(sets[6])
     size = f"{num_large} M parameters + 300 small tensors, {DEVICE}"
     numel = sum(p.numel() for p in sets[0])
     growth = (DEVICE, "parameters", numel)

@@ -1,9 +1,14 @@
 """Linear head + cross-entropy, forward and backward: eager PyTorch, its own chunked op, fasttrain, and as the floor the
-three matrix products alone, into memory that is already there."""
+three matrix products alone, into memory that is already there.
+
+Gradient filtering is measured on random weights and, with `--model FOLDER_OR_GGUF` (say SmolLM2-135M), on the head of
+that model and the hidden states of real tokens: the source of the standard library.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.common import compare
+from bench.generate_contender import load_model, load_tokenizer
 from fasttrain import ops
 from fasttrain.optimizations import tune_cpu_memory
 
@@ -59,9 +65,8 @@ def test_linear_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, i
 
     check(hidden, weight, targets, step, clear)
     others = {"eager": lambda: step(eager)}
-    if DEVICE != "cpu" or V < 100_000:
-        compiled = torch.compile(eager)
-        others["torch.compile"] = lambda: step(compiled)
+    compiled = torch.compile(eager)
+    others["torch.compile"] = lambda: step(compiled)
     if share_ignored == 0.0:
         others["floor: three products"] = floor(hidden, weight)
     if hasattr(F, "linear_cross_entropy") and V < 100_000:  # torch 2.13; with its defaults a minute a call above
@@ -74,7 +79,7 @@ def test_linear_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, i
         label,
         lambda: step(ops.linear_cross_entropy),
         others,
-        rounds=5,
+        rounds=5 if V < 100_000 else 3,
         prepare=clear,
         growth=(f"{share_ignored:.0%} ignored, {policy}", "multiply-adds of a product, N x V x D", N * V * D),
     )
@@ -113,3 +118,60 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, step: Any, clear: Any
     for got, want in zip(*results):
         error = float((got - want).norm() / want.norm())
         assert error <= allowed
+
+
+THRESHOLDS = (2**-16, 2**-14, 2**-12)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="sized for a CPU")
+@pytest.mark.parametrize("source", ["trained model", "random weights"])
+def test_gradient_filtering(benchmark: Any, source: str, request: pytest.FixtureRequest) -> None:
+    path = request.config.getoption("--model")
+    if source == "trained model" and path is None:
+        pytest.skip("no --model")
+    hidden, weight, targets = real_tokens(path, 1024) if source == "trained model" else random_head(1024, 49152, 576)
+    policy = tune_cpu_memory()
+
+    def step(eps: float | None) -> list[Tensor]:
+        hidden.grad = weight.grad = None
+        loss, skipped = ops.linear_cross_entropy(hidden, weight, targets, filter_eps=eps, return_skipped_mass=True)
+        loss.backward()
+        return [skipped.detach(), hidden.grad, weight.grad]  # type: ignore[list-item]
+
+    _, *exact = step(None)
+    labels = {}
+    for eps in THRESHOLDS:
+        mass, *filtered = step(eps)
+        errors = [(got - want).norm() for got, want in zip(filtered, exact)]
+        sizes = [weight.detach().norm(dim=1).max(), hidden.detach().norm(dim=1).max()]
+        assert all(error <= mass * size for error, size in zip(errors, sizes))
+        relative = [float(error / want.norm()) for error, want in zip(errors, exact)]
+        bounds = [float(mass * size / want.norm()) for size, want in zip(sizes, exact)]
+        found = zip(("hidden", "weight"), relative, bounds)
+        labels[eps] = f"filter_eps=2**{int(torch.tensor(eps).log2())}: skips {float(mass):.4f} of the mass; error " + (
+            ", ".join(f"{error:.2%} of grad_{name} (bound {bound:.0%})" for name, error, bound in found)
+        )
+    others = {label: lambda eps=eps: step(eps) for eps, label in labels.items()}
+    size = f"N=1024 V={weight.size(0)} D={weight.size(1)} float32, {source}"
+    compare(benchmark, "gradient filtering of linear cross-entropy", size, lambda: step(None), others, rounds=7)
+    policy.restore()
+
+
+def random_head(N: int, V: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits that spread by 3, so that no class is much likelier than the others in all rows."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((N, D), (V, D)))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    return hidden.requires_grad_(), (weight * 3 / D**0.5).requires_grad_(), targets
+
+
+def real_tokens(path: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states before the head, the head, and the next tokens, of the standard library's source."""
+    import argparse as text  # any module that is long enough
+
+    ids = torch.tensor(load_tokenizer(path)(Path(text.__file__).read_text())["input_ids"][: count + 1])
+    model = load_model(path)
+    with torch.no_grad():
+        hidden = model.model(ids[:-1].view(2, -1)).last_hidden_state.flatten(0, 1)  # two texts of half the length
+    weight = model.get_output_embeddings().weight.detach()
+    return hidden.clone().requires_grad_(), weight.clone().requires_grad_(), ids[1:]

@@ -12,6 +12,10 @@ from bench.common import ROWS, markdown, write_results
 from bench.plots import write_plots
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--model", help="a folder or .gguf file: a trained model for what depends on one")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What PyTorch does by default is measured first: later tests leave holes in the heap that spare it page faults."""
     items.sort(key=lambda item: "default allocator" not in item.nodeid)

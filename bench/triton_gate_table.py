@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.gate_subjects import Subject, ours, peers
+from bench.gate_subject import Subject
+from bench.gate_subjects import ours, peers
 from tests.triton_gate import DEVICES, INTERPRETED, modelled_time
 
 HEAD = """# Triton kernels without a GPU

@@ -207,7 +207,8 @@ float value_of(const std::optional<Tensor>& scalar, float otherwise, const char*
 }
 
 void zero(const std::vector<Tensor>& tensors) {
-  for (const Tensor& tensor : tensors) std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
+  for (const Tensor& tensor : tensors)
+    if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());  // not at nullptr
 }
 
 void check_lengths(std::size_t count, const std::vector<const std::vector<Tensor>*>& lists) {

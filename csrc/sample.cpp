@@ -53,7 +53,7 @@ struct List {
 
 struct Scratch {
   std::vector<float> maxima;                // (G,)
-  std::vector<std::int32_t> segments;       // (G + 1,): where each group starts in the list
+  std::vector<std::int32_t> live, segments;  // (G + 1,): groups that matter, and where each starts in the list
   std::vector<std::uint32_t> race_ids;      // (G + 16,)
   std::vector<double> race_weights, quotients;
   List list, other, rest;                   // (V + 64,) logits and masses side by side
@@ -62,6 +62,7 @@ struct Scratch {
   void reserve(std::int64_t n, std::int64_t groups) {
     if (static_cast<std::int64_t>(maxima.size()) >= groups) return;
     maxima.resize(groups);
+    live.resize(groups + 1);
     segments.resize(groups + 1);
     race_ids.resize(groups + 16);
     race_weights.resize(groups + 16);

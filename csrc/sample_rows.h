@@ -202,12 +202,22 @@ class Row {
   bool listed = false;      // whether the candidates stand in s.list, group by group
   float list_bound = 0;     // no listed logit is smaller
   std::int64_t num_listed = 0, total = 0;
+  std::int64_t num_live = 0;  // of the groups in s.live; where each starts in the list stands in s.segments
   Cut cut{};
   std::int64_t tie_group = 0, tie_id = 0;  // the last token that stays at the cut
 
   static std::int64_t padded(std::int64_t count) { return (count + 15) / 16 * 16; }
   std::int64_t group_end(std::int64_t group) const { return std::min(n, (group + 1) * kGroup); }
-  std::int64_t segment(std::int64_t group) const { return s.segments[group]; }
+
+  // The groups with a logit of at least `bound`; without a branch, for which of them these are cannot be foretold.
+  void find_live(float bound) {
+    std::int64_t found = 0;
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      s.live[found] = static_cast<std::int32_t>(group);
+      found += !(s.maxima[group] < bound);
+    }
+    num_live = found;
+  }
 
   std::int64_t first_of_largest() const {
     std::int64_t group = 0;
@@ -232,15 +242,16 @@ class Row {
     const V vbound = V::set(bound);
     float* xs = s.list.x.data();
     std::int64_t at = 0;
-    for (std::int64_t group = 0; group < num_groups; ++group) {
-      s.segments[group] = static_cast<std::int32_t>(at);
-      if (s.maxima[group] < bound) continue;
+    find_live(bound);
+    for (std::int64_t place = 0; place < num_live; ++place) {
+      const std::int64_t group = s.live[place];
+      s.segments[place] = static_cast<std::int32_t>(at);
       for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += V::width) {
         const V a = load_n<V>(x + i, end - i);
         at += compress(at_least(a, vbound), a, xs + at);
       }
     }
-    s.segments[num_groups] = static_cast<std::int32_t>(at);
+    s.segments[num_live] = static_cast<std::int32_t>(at);
     listed = true;
     num_listed = at;
   }
@@ -257,13 +268,13 @@ class Row {
     list_bound = bound;
     const V vbound = V::set(bound);
     const MassOf<V> mass(largest, scale);
-    const float no_mass_below = lowest_logit_of_mass(1);
     float *xs = s.list.x.data(), *ws = s.list.w.data();
     std::int64_t at = 0;
     total = 0;
-    for (std::int64_t group = 0; group < num_groups; ++group) {
-      s.segments[group] = static_cast<std::int32_t>(at);
-      if (s.maxima[group] < no_mass_below) continue;
+    find_live(lowest_logit_of_mass(1));
+    for (std::int64_t place = 0; place < num_live; ++place) {
+      const std::int64_t group = s.live[place];
+      s.segments[place] = static_cast<std::int32_t>(at);
       WideSum sum = WideSum::zero();
       for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
         V a[kInStep], w[kInStep];
@@ -279,7 +290,7 @@ class Row {
       }
       total += static_cast<std::int64_t>(sum.total());
     }
-    s.segments[num_groups] = static_cast<std::int32_t>(at);
+    s.segments[num_live] = static_cast<std::int32_t>(at);
     listed = true;
     num_listed = at;
   }
@@ -344,10 +355,10 @@ class Row {
   void drop_below_cut() {
     const V at_cut = V::set(cut.x);
     float* xs = s.list.x.data();
-    std::int64_t to = 0, begin = segment(0);
-    for (std::int64_t group = 0; group < num_groups; ++group) {
-      const std::int64_t end = segment(group + 1);
-      s.segments[group] = static_cast<std::int32_t>(to);
+    std::int64_t to = 0, begin = 0;
+    for (std::int64_t place = 0; place < num_live; ++place) {
+      const std::int64_t end = s.segments[place + 1];
+      s.segments[place] = static_cast<std::int32_t>(to);
       for (std::int64_t i = begin; i < end; i += V::width) {  // to <= i: what is overwritten has been read
         const V a = load_n<V>(xs + i, end - i);
         const Mask stays = at_least(a, at_cut);
@@ -362,7 +373,7 @@ class Row {
       }
       begin = end;
     }
-    s.segments[num_groups] = static_cast<std::int32_t>(to);
+    s.segments[num_live] = static_cast<std::int32_t>(to);
     num_listed = to;
     list_bound = cut.x;
   }
@@ -427,7 +438,7 @@ class Row {
     return by_mass ? cut_of_sorted<true>(xs, ws, size, need - above) : cut_of_sorted<false>(xs, ws, size, need - above);
   }
 
-  static constexpr std::int64_t kFew = 48, kMany = 1 << 14, kSample = 1 << 11;
+  static constexpr std::int64_t kFew = 64, kMany = 1 << 14, kSample = 1 << 11;
 
   // A narrow interval (low, high] around the cut, guessed from a sample of the list and verified by one pass over it, which
   // leaves the tokens inside in s.other. Not found where the sample's mass is that of a few tokens.
@@ -542,22 +553,36 @@ class Row {
     return by_mass ? weight : up;
   }
 
-  // The end of the search: few tokens, or many with one logit.
+  // The end of the search among few tokens: each is compared with all, which is what vectors do well and sorting is not.
+  // `size` is at most kFew.
+  template <bool by_mass>
+  static Cut cut_of_few(const float* xs, const float* ws, std::int64_t size, std::int64_t need) {
+    for (std::int64_t i = 0; i < size; ++i) {
+      const V at = V::set(xs[i]);
+      std::int64_t num_larger = 0, num_least = 0;
+      WideSum larger = WideSum::zero();
+      for (std::int64_t j = 0; j < size; j += V::width) {
+        const V a = load_n<V>(xs + j, size - j);
+        const Mask beyond = greater(a, at);
+        num_larger += count(beyond);
+        num_least += count(at_least(a, at));
+        if constexpr (by_mass) larger.add(keep(beyond, load_n<V>(ws + j, size - j)));
+      }
+      const std::int64_t above = by_mass ? static_cast<std::int64_t>(larger.total()) : num_larger;
+      const std::int64_t each = by_mass ? static_cast<std::int64_t>(ws[i]) : 1, equal = num_least - num_larger;
+      if (each > 0 && above < need && above + each * equal >= need) return {xs[i], (need - above + each - 1) / each, equal};
+    }
+    return {kMinusInfinity, 0, 0};  // not reached: they weigh at least `need`
+  }
+
+  // And among many: they have one logit, or nearly.
   template <bool by_mass>
   Cut cut_of_sorted(const float* xs, const float* ws, std::int64_t size, std::int64_t need) {
+    if (size <= kFew) return cut_of_few<by_mass>(xs, ws, size, need);
     std::vector<std::pair<float, float>>& sorted = s.sorted;
     sorted.resize(static_cast<std::size_t>(size));
     for (std::int64_t i = 0; i < size; ++i) sorted[i] = {xs[i], by_mass ? ws[i] : 1.0f};
-    if (size <= kFew) {
-      for (std::int64_t i = 1; i < size; ++i) {
-        const auto moving = sorted[i];
-        std::int64_t to = i;
-        for (; to > 0 && sorted[to - 1].first < moving.first; --to) sorted[to] = sorted[to - 1];
-        sorted[to] = moving;
-      }
-    } else {
-      std::sort(sorted.begin(), sorted.end(), std::greater<>());
-    }
+    std::sort(sorted.begin(), sorted.end(), std::greater<>());
     for (std::int64_t i = 0; i < size;) {
       std::int64_t equal = 1;
       while (i + equal < size && sorted[i + equal].first == sorted[i].first) ++equal;
@@ -594,8 +619,9 @@ class Row {
     const float bound = std::max(cut.x, lowest_logit_of_mass(min_mass));
     const MassOf<V> mass(largest, scale);
     const V vmin = V::set(std::max(min_mass, 1.0f)), vcut = V::set(cut.x);
-    for (std::int64_t group = 0; group < num_groups; ++group) {
-      if (s.maxima[group] < bound) continue;
+    if (!listed) find_live(bound);
+    for (std::int64_t place = 0; place < num_live; ++place) {
+      const std::int64_t group = s.live[place];
       double weight;
       if (group == tie_group) {
         alignas(64) std::uint32_t ids[kGroup];
@@ -606,7 +632,7 @@ class Row {
         WideSum sum = WideSum::zero();
         if (listed) {
           const float *xs = s.list.x.data(), *ws = s.list.w.data();
-          for (std::int64_t i = segment(group), end = segment(group + 1); i < end; i += V::width) {
+          for (std::int64_t i = s.segments[place], end = s.segments[place + 1]; i < end; i += V::width) {
             const V a = load_n<V>(xs + i, end - i), w = load_n<V>(ws + i, end - i);
             const Mask beyond = group < tie_group ? at_least(a, vcut) : greater(a, vcut);
             sum.add(keep(both(beyond, at_least(w, vmin)), w));

@@ -1,11 +1,15 @@
-"""Triton kernels for the loss of a linear head whose logits are never written, and the function that launches them.
+"""Triton kernels for the loss of a linear head without its logits, and for filtered gradients, and their launchers.
 
-A program multiplies one tile of rows by one tile of classes and reduces it where it stands, in registers: per row a
-maximum, a sum of exponentials and, with label smoothing, a sum. A second kernel combines a row's tiles. Each number has
-one writer, so the result is the same on every run: no locks, no float atomics. Left out: gradients, which need the
-logits twice more; there the chunks of `fasttrain.ops.linear_cross_entropy` are cheaper than multiplying again.
+The loss: a program multiplies one tile of rows by one tile of classes and reduces it where it stands, in registers: per
+row a maximum, a sum of exponentials and, with label smoothing, a sum. A second kernel combines a row's tiles. Each
+number has one writer, so the result is the same on every run: no locks, no float atomics. Left out: whole gradients,
+which need the logits twice more; there the chunks of `fasttrain.ops.linear_cross_entropy` are cheaper than multiplying
+again.
 
-Legend: N rows, D hidden size, V classes, T tiles of classes; the rest as in `cross_entropy`.
+Filtered gradients: one kernel finds which columns of each block of rows are alive, PyTorch packs their numbers, and the
+two products gather what is alive and end where a count in device memory says so: the host never waits for it.
+
+Legend: N rows, D hidden size, V classes, T tiles of classes, G blocks of rows; the rest as in `cross_entropy`.
 """
 
 from __future__ import annotations
@@ -42,10 +46,13 @@ def tile_shape(element_size: int) -> Tile:
 
 @triton.jit
 def _tile_kernel(hidden, weight, bias, targets, maxima, totals, sums, target_logits, hidden_stride, weight_stride,
-                 num_rows, softcap, D: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
-                 DEPTH: tl.constexpr, SMOOTHED: tl.constexpr, SOFTCAPPED: tl.constexpr, PRECISION: tl.constexpr,
-                 WIDENED: tl.constexpr):
-    """One program per tile. Neighbours share the tile of the weight, so it is read from memory once."""
+                 num_rows, ignore_index, softcap, D: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+                 CLASSES: tl.constexpr, DEPTH: tl.constexpr, SMOOTHED: tl.constexpr, SOFTCAPPED: tl.constexpr,
+                 PRECISION: tl.constexpr, WIDENED: tl.constexpr):
+    """One program per tile. Neighbours share the tile of the weight, so it is read from memory once.
+
+    A tile of rows without a target ends at once.
+    """
     NUM_TILES: tl.constexpr = (V + CLASSES - 1) // CLASSES
     row_tiles = tl.cdiv(num_rows, ROWS)
     tile = tl.program_id(0) // row_tiles
@@ -53,6 +60,9 @@ def _tile_kernel(hidden, weight, bias, targets, maxima, totals, sums, target_log
     classes = tile * CLASSES + tl.arange(0, CLASSES)
     depth = tl.arange(0, DEPTH)
     row_inside, class_inside = rows < num_rows, classes < V
+    y = tl.load(targets + rows, mask=row_inside, other=ignore_index)
+    if tl.max((y != ignore_index).to(tl.int32), 0) == 0:
+        return
     hidden_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
     weight_at = weight + classes.to(tl.int64)[None, :] * weight_stride + depth[:, None]
     x = tl.zeros([ROWS, CLASSES], tl.float32)
@@ -66,7 +76,6 @@ def _tile_kernel(hidden, weight, bias, targets, maxima, totals, sums, target_log
         x += tl.load(bias + classes, mask=class_inside, other=0.0).to(tl.float32)[None, :]
     if SOFTCAPPED:
         x = _softcapped(x, softcap)
-    y = tl.load(targets + rows, mask=row_inside, other=-1)
     partial_at = rows.to(tl.int64) * NUM_TILES + tile
     if SMOOTHED:
         tl.store(sums + partial_at, tl.sum(tl.where(class_inside[None, :], x, 0.0), 1), mask=row_inside)
@@ -138,8 +147,8 @@ def linear_cross_entropy_forward(hidden: Tensor, weight: Tensor, bias: Tensor | 
     with torch.cuda.device_of(hidden):
         _tile_kernel[(triton.cdiv(num_rows, tile.rows) * num_tiles,)](
             hidden, weight, bias, targets, maxima, totals, sums, target_logits, hidden.stride(0), weight.stride(0),
-            num_rows, softcap, D=size, V=num_classes, ROWS=tile.rows, CLASSES=tile.classes, DEPTH=tile.depth,
-            SMOOTHED=smoothed, SOFTCAPPED=softcap != 0.0, PRECISION=_precision(), WIDENED=INTERPRETED,
+            num_rows, ignore_index, softcap, D=size, V=num_classes, ROWS=tile.rows, CLASSES=tile.classes,
+            DEPTH=tile.depth, SMOOTHED=smoothed, SOFTCAPPED=softcap != 0.0, PRECISION=_precision(), WIDENED=INTERPRETED,
             num_warps=tile.num_warps, num_stages=tile.num_stages)
         _combine_kernel[(num_rows,)](
             targets, maxima, totals, sums, target_logits, losses, lse, ignore_index, label_smoothing, z_loss,
@@ -154,3 +163,135 @@ def _precision() -> str:
 
 def _with_contiguous_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.size(1) == 1 else matrix.contiguous()
+
+
+# ---- filtered gradients: the rule stands in fasttrain/ops/_gradient_filter.py ----------------------------------------
+
+LIVE_CLASSES, LIVE_WARPS = 128, 16
+"""Classes that one program of `_live_kernel` looks at, in all rows of a block, and its warps."""
+
+FILTERED = Tile(128, 64, 64, 8, tile_shape(2).num_stages)
+"""Of the two products: rows of a block, live classes, hidden sizes at a time."""
+
+
+@triton.jit
+def _live_kernel(z, scales, live, row_live, dead_sums, all_sums, scale_stride, num_rows, eps, V: tl.constexpr,
+                 ROWS: tl.constexpr, CLASSES: tl.constexpr):
+    """Grid (G, T). Which classes of a block of rows are alive, which rows, and what each row holds in dead classes."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    classes = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
+    row_inside, class_inside = rows < num_rows, classes < V
+    inside = row_inside[:, None] & class_inside[None, :]
+    x = tl.abs(tl.load(z + rows.to(tl.int64)[:, None] * V + classes[None, :], mask=inside, other=0.0).to(tl.float32))
+    limit = eps * tl.abs(tl.load(scales + rows * scale_stride, mask=row_inside, other=0.0))
+    alive = tl.where((x < limit[:, None]) | (x == 0.0), 0, 1)  # NaN is alive
+    column = tl.max(alive, 0)
+    tl.store(live + tl.program_id(0).to(tl.int64) * V + classes, column.to(tl.int8), mask=class_inside)
+    any_alive = tl.max(alive, 1)
+    tl.atomic_max(row_live + rows, any_alive, mask=row_inside & (any_alive > 0))
+    at = rows.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(dead_sums + at, tl.sum(tl.where(column[None, :] > 0, 0.0, x), 1), mask=row_inside)
+    tl.store(all_sums + at, tl.sum(x, 1), mask=row_inside)
+
+
+@triton.jit
+def _filtered_hidden_kernel(z, weight, columns, counts, row_live, result, weight_stride, weight_depth_stride, num_rows,
+                            D: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+                            DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDENED: tl.constexpr):
+    """Grid (G, tiles of D). z @ weight over the live classes of a block; dead rows are 0."""
+    block = tl.program_id(0)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    depth = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
+    row_inside, depth_inside = rows < num_rows, depth < D
+    count = tl.load(counts + block)
+    total = tl.zeros([ROWS, DEPTH], tl.float32)
+    for start in range(0, count, CLASSES):
+        at = start + tl.arange(0, CLASSES)
+        ids = tl.load(columns + block.to(tl.int64) * V + at, mask=at < count, other=0)
+        a = tl.load(z + rows.to(tl.int64)[:, None] * V + ids[None, :], mask=row_inside[:, None] & (at < count)[None, :],
+                    other=0.0)
+        b = tl.load(weight + ids.to(tl.int64)[:, None] * weight_stride + depth[None, :] * weight_depth_stride,
+                    mask=(at < count)[:, None] & depth_inside[None, :], other=0.0)
+        if WIDENED:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    alive = tl.load(row_live + rows, mask=row_inside, other=0) > 0
+    tl.store(result + rows.to(tl.int64)[:, None] * D + depth[None, :], tl.where(alive[:, None], total, 0.0),
+             mask=row_inside[:, None] & depth_inside[None, :])
+
+
+@triton.jit
+def _filtered_weight_kernel(z, hidden, columns, counts, row_live, result, result_stride, result_depth_stride, block,
+                            num_rows, D: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+                            DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDENED: tl.constexpr):
+    """Grid (tiles of V, tiles of D); those past the count end at once. result += z.T @ hidden over a block's live rows.
+
+    One launch a block: in two of one launch, two programs could add to the same place.
+    """
+    count = tl.load(counts + block)
+    start = tl.program_id(0) * CLASSES
+    if start >= count:
+        return
+    rows = block * ROWS + tl.arange(0, ROWS)
+    at, depth = start + tl.arange(0, CLASSES), tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
+    class_inside, depth_inside = at < count, depth < D
+    row_inside = rows < num_rows
+    alive = tl.load(row_live + rows, mask=row_inside, other=0) > 0
+    ids = tl.load(columns + tl.cast(block, tl.int64) * V + at, mask=class_inside, other=0)
+    a = tl.load(z + rows.to(tl.int64)[None, :] * V + ids[:, None], mask=class_inside[:, None] & alive[None, :],
+                other=0.0)
+    b = tl.load(hidden + rows.to(tl.int64)[:, None] * D + depth[None, :], mask=alive[:, None] & depth_inside[None, :],
+                other=0.0)
+    if WIDENED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    total = tl.dot(a, b, input_precision=PRECISION)
+    to = result + ids.to(tl.int64)[:, None] * result_stride + depth[None, :] * result_depth_stride
+    inside = class_inside[:, None] & depth_inside[None, :]
+    tl.store(to, tl.load(to, mask=inside, other=0.0) + total, mask=inside)
+
+
+def filtered_gradients(z: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, eps: float, block_rows: int,
+                       with_hidden: bool, grad_weight: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """(gradient of hidden (N, D) float32 or None, left out of each row (N,)); adds to `grad_weight` (V, D) float32.
+
+    z (N, V), contiguous, is the gradient by the logits times `scale`, one float32 or (N,); hidden (N, D) and
+    weight (V, D) have z's type. Blocks of `block_rows` rows. Written besides: 13 bytes per block and class, 8 per row
+    and tile of classes.
+    """
+    _check_device(z)
+    (num_rows, num_classes), size = z.shape, weight.size(1)
+    num_blocks, num_tiles = triton.cdiv(num_rows, block_rows), triton.cdiv(num_classes, LIVE_CLASSES)
+    live = torch.empty((num_blocks, num_classes), dtype=torch.int8, device=z.device)
+    row_live = torch.zeros(num_rows, dtype=torch.int32, device=z.device)
+    dead_sums, all_sums = (torch.empty((num_rows, num_tiles), device=z.device, dtype=torch.float32) for _ in range(2))
+    hidden = hidden.contiguous()
+    constants = {"V": num_classes, "ROWS": block_rows}
+    products = constants | {"D": size, "CLASSES": FILTERED.classes, "DEPTH": FILTERED.depth, "PRECISION": _precision(),
+                            "WIDENED": INTERPRETED, "num_warps": FILTERED.num_warps, "num_stages": FILTERED.num_stages}
+    depth_tiles = triton.cdiv(size, FILTERED.depth)
+    grad_hidden = torch.empty((num_rows, size), dtype=torch.float32, device=z.device) if with_hidden else None
+    with torch.cuda.device_of(z):
+        _live_kernel[(num_blocks, num_tiles)](
+            z, scale, live, row_live, dead_sums, all_sums, scale.stride(0) if scale.dim() else 0, num_rows, eps,
+            CLASSES=LIVE_CLASSES, **constants, num_warps=LIVE_WARPS)
+        skipped = torch.where(row_live > 0, dead_sums.sum(1), all_sums.sum(1))
+        columns, counts = _packed(live)
+        if grad_hidden is not None:
+            _filtered_hidden_kernel[(num_blocks, depth_tiles)](
+                z, weight, columns, counts, row_live, grad_hidden, *weight.stride(), num_rows, **products)
+        for block in range(num_blocks if grad_weight is not None else 0):
+            _filtered_weight_kernel[(triton.cdiv(num_classes, FILTERED.classes), depth_tiles)](
+                z, hidden, columns, counts, row_live, grad_weight, *grad_weight.stride(), block, num_rows, **products)
+    return grad_hidden, skipped
+
+
+def _packed(live: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of the live columns of each block, first in its row of (G, V) int32, and how many they are (G,)."""
+    num_blocks, num_classes = live.shape
+    before = live.cumsum(1, dtype=torch.int32)
+    counts = before[:, -1].contiguous()
+    dead_after = torch.arange(num_classes, device=live.device, dtype=torch.int32) - before + counts[:, None]
+    place = torch.where(live > 0, before - 1, dead_after)  # a permutation: every place has one writer
+    columns = torch.empty((num_blocks, num_classes), dtype=torch.int32, device=live.device)
+    ids = torch.arange(num_classes, device=live.device, dtype=torch.int32).expand_as(columns)
+    return columns.scatter_(1, place.long(), ids), counts

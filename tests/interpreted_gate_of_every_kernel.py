@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.gate_subjects import Subject, ours
+from bench.gate_subject import Subject
+from bench.gate_subjects import ours
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

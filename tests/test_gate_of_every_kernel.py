@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from triton_gate import DEVICES, run_interpreted
 
-from bench.gate_subjects import Subject, ours
+from bench.gate_subject import Subject
+from bench.gate_subjects import ours
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 SUBJECTS = ours()

@@ -246,7 +246,8 @@ def test_the_ops_signatures_are_the_designs() -> None:
     assert str(inspect.signature(ops.linear_cross_entropy)).split(" ->")[0] == (
         "(hidden: 'Tensor', weight: 'Tensor', targets: 'Tensor', *, bias: 'Tensor | None' = None, "
         "ignore_index: 'int' = -100, label_smoothing: 'float' = 0.0, z_loss: 'float' = 0.0, "
-        "softcap: 'float | None' = None, reduction: 'Reduction' = 'mean', impl: 'Impl' = 'auto')"
+        "softcap: 'float | None' = None, reduction: 'Reduction' = 'mean', filter_eps: 'float | None' = None, "
+        "return_skipped_mass: 'bool' = False, impl: 'Impl' = 'auto')"
     )
     assert list(inspect.signature(ops.sample).parameters) == [
         "logits",

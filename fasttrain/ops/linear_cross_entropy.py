@@ -2,25 +2,26 @@
 
 The N x V logits are the largest tensor of a language model's training step. Here they exist only a chunk of rows at a
 time, in one workspace: a matrix product fills it, the row kernel of `cross_entropy` turns it into its own gradient in
-place, two more products consume it. Rows without a target are left out of all three. Left out: class weights,
-probability targets, skipping small gradients (inexact), and a second derivative.
+place, two more products consume it (`_linear_chunks`), on request without what is too small to matter
+(`_gradient_filter`). Rows without a target are left out of all three. Left out: class weights, probability targets, and
+a second derivative.
 
 Legend: N rows (tokens), D hidden size, V classes (vocabulary), n rows of a chunk.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import TRITON_INTERPRETED
-from ..products import fill_product, fill_transposed_product, product, usable
 from ..utils import on_host, read_scalar
 from ._dispatch import IMPLEMENTATIONS, Impl, resolve
+from ._gradient_filter import filtered_reference
+from ._linear_chunks import at_least_float32, chunked, is_transposed, losses_alone
 from .cross_entropy import (
     TERMS_SCHEMA,
     Reduction,
@@ -32,25 +33,38 @@ from .cross_entropy import (
 
 IMPLEMENTATIONS["linear_cross_entropy"] = ("reference", "cpp", "triton")
 
-WORKSPACE_BYTES = {"cpu": 56 << 20, "cuda": 512 << 20}
-"""What a chunk of logits may take: 64 MiB with the products' own; a GPU needs thousands of rows to be kept busy."""
+@overload
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
+                         ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+                         softcap: float | None = ..., reduction: Reduction = ..., filter_eps: float | None = ...,
+                         return_skipped_mass: Literal[False] = ..., impl: Impl = ...) -> Tensor: ...
 
-MIN_ROWS = 128
-"""Of a chunk, whatever they take: each chunk reads the whole weight, and writes its whole gradient."""
+
+@overload
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
+                         ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ...,
+                         softcap: float | None = ..., reduction: Reduction = ..., filter_eps: float | None = ...,
+                         return_skipped_mass: Literal[True], impl: Impl = ...) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
                          ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
-                         softcap: float | None = None, reduction: Reduction = "mean", impl: Impl = "auto") -> Tensor:
+                         softcap: float | None = None, reduction: Reduction = "mean", filter_eps: float | None = None,
+                         return_skipped_mass: bool = False, impl: Impl = "auto") -> Tensor | tuple[Tensor, Tensor]:
     """`cross_entropy(hidden @ weight.T + bias, targets, ...)` in the memory of one chunk of logits.
 
     Args:
         hidden: (N, D), float32, bfloat16, float16 or float64; any strides.
         weight: (V, D), any of these types, not necessarily hidden's; any strides. May be in use elsewhere (tied).
         targets: (N,), int64 or int32, each in [0, V) or equal to `ignore_index`; rows of the latter cost nothing on a
-            CPU. (A GPU computes them: to count them would stall it.)
+            CPU. On a GPU they go last, and chunks of them alone are left out: the host waits for their number when the
+            first chunk is queued, so the device does not. One chunk, or a captured graph, is computed whole.
         bias: (V,) or None.
         label_smoothing, z_loss, softcap, reduction, impl: as in `cross_entropy`.
+        filter_eps: None, or leave out of the two products of the backward each block of rows x one class whose every
+            |d loss / d logit| (|softmax - onehot|) is smaller: faster on a trained model, inexact (arXiv:2411.09009,
+            section 4.3, which takes 2**-12). Loss and gradient of the bias stay exact.
+        return_skipped_mass: also return the sum of |d loss / d logit| over what `filter_eps` leaves out.
 
     The products are computed in the wider of the two types; under `torch.autocast` in its type; on a CPU in float32
     unless autocast says bfloat16 (most CPUs multiply 16-bit matrices a hundred times slower). The gradient of the
@@ -58,6 +72,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bia
 
     Returns:
         float32 (float64 for float64 inputs): 0-d, or (N,) for "none". The mean over no target is NaN, as in PyTorch.
+        With `return_skipped_mass` a second tensor of the same shape, s. It bounds what the filter changed, whatever the
+        input: |error of hidden's gradient| <= s * max_j |weight_j| and |error of weight's| <= s * max_i |hidden_i|, in
+        Frobenius and Euclidean norms, for an upstream gradient of 1 (a factor multiplies both sides).
 
     Raises:
         ValueError: wrong shape, dtype, device or option.
@@ -73,6 +90,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bia
     """
     _check(hidden, weight, targets, bias)
     check_terms(label_smoothing, z_loss, softcap, reduction)
+    if filter_eps is not None and not 0.0 <= filter_eps < float("inf"):
+        raise ValueError(f"filter_eps is {filter_eps}; it must be finite and not negative, or None for the whole "
+                         "gradient (a trained model bears 2**-12)")
     chosen = resolve("linear_cross_entropy", impl, hidden)
     if chosen == "triton" and impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         chosen = "reference"  # the Triton kernels compute in float32
@@ -81,9 +101,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bia
     interpreted = chosen == "triton" and hidden.device.type == "cpu"
     try:
         if chosen == "reference":
-            return linear_cross_entropy_reference(hidden, weight, targets, bias, terms, reduction)
-        namespace = "fasttrain_interpreted" if interpreted else "fasttrain"
-        return _run(namespace, hidden, weight, bias, targets, terms, reduction)
+            loss, skipped = _reference(hidden, weight, targets, bias, terms, reduction, filter_eps)
+        else:
+            namespace = "fasttrain_interpreted" if interpreted else "fasttrain"
+            loss, skipped = _run(namespace, hidden, weight, bias, targets, terms, reduction, filter_eps,
+                                 return_skipped_mass)
+        return (loss, skipped) if return_skipped_mass else loss
     except (RuntimeError, IndexError):
         raise_if_target_out_of_range(targets, weight.size(0), ignore_index)
         raise
@@ -92,32 +115,48 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bia
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, terms: Terms,
                                    reduction: Reduction) -> Tensor:
     """The truth that the kernels are tested against: all the logits, at least in float32."""
+    return _reference(hidden, weight, targets, bias, terms, reduction, None)[0]
+
+
+def _reference(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, terms: Terms, reduction: Reduction,
+               filter_eps: float | None) -> tuple[Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
-        wide = _at_least_float32(torch.promote_types(hidden.dtype, weight.dtype))
-        logits = F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))  # (N, V)
-        return cross_entropy_reference(logits, targets, terms, reduction)
+        wide = at_least_float32(torch.promote_types(hidden.dtype, weight.dtype))
+        hidden, weight, bias = hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+        if filter_eps is None:
+            losses = cross_entropy_reference(F.linear(hidden, weight, bias), targets, terms, "none")
+            skipped = torch.zeros_like(losses)
+        else:
+            losses, skipped = filtered_reference(hidden, weight, bias, targets, terms, filter_eps)
+        if reduction == "none":
+            return losses, skipped
+        divisor = (targets != terms.ignore_index).sum() if reduction == "mean" else targets.new_ones(())
+        return losses.sum() / divisor, skipped.sum() / divisor.clamp(min=1)
 
 
 def _run(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, terms: Terms,
-         reduction: Reduction) -> Tensor:
+         reduction: Reduction, filter_eps: float | None, want_skipped: bool) -> tuple[Tensor, Tensor]:
+    """(loss, skipped); the latter is empty if nobody wants it."""
     kernels: Any = getattr(torch.ops, namespace)
     compute = _compute_dtype(hidden, weight)
-    loss: Tensor
+    inputs = hidden, weight, bias, targets
+    alone = (*inputs, compute, *terms, filter_eps, want_skipped)
     if reduction == "none":
-        loss = kernels.linear_cross_entropy_forward(hidden, weight, bias, targets, compute, *terms)
-        return loss
-    scale = torch.ones((), dtype=_at_least_float32(compute), device=hidden.device)
+        losses, skipped = kernels.linear_cross_entropy_forward(*alone)
+        return losses, skipped
+    scale = torch.ones((), dtype=at_least_float32(compute), device=hidden.device)
     if reduction == "mean":
         scale = scale / (targets != terms.ignore_index).sum()
     needs = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     if not torch.is_grad_enabled() or not any(needs):
-        loss = kernels.linear_cross_entropy_forward(hidden, weight, bias, targets, compute, *terms).sum() * scale
+        losses, skipped = kernels.linear_cross_entropy_forward(*alone)
+        loss, skipped = losses.sum() * scale, skipped.sum() * scale.clamp(max=1)  # of no target: NaN, and nothing
     elif torch.compiler.is_compiling():
-        loss = kernels.linear_cross_entropy_fused(hidden, weight, bias, targets, scale, compute, needs, *terms)[0]
+        loss, *_, skipped = kernels.linear_cross_entropy_fused(*inputs, scale, compute, needs, *terms, filter_eps)
     else:
-        loss = _GradientInForward.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, targets, scale, compute, terms, namespace)
-    return loss
+        loss, skipped = _GradientInForward.apply(  # type: ignore[no-untyped-call]
+            *inputs, scale, compute, terms, filter_eps, namespace)
+    return loss, skipped
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -128,15 +167,16 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
-                compute: torch.dtype, terms: Terms, namespace: str) -> Tensor:
-        loss, *gradients = getattr(torch.ops, namespace).linear_cross_entropy_fused(
-            hidden, weight, bias, targets, scale, compute, ctx.needs_input_grad[:3], *terms)
+                compute: torch.dtype, terms: Terms, filter_eps: float | None, namespace: str) -> tuple[Tensor, Tensor]:
+        loss, *gradients, skipped = getattr(torch.ops, namespace).linear_cross_entropy_fused(
+            hidden, weight, bias, targets, scale, compute, ctx.needs_input_grad[:3], *terms, filter_eps)
         ctx.save_for_backward(hidden, weight, bias, targets, scale)
-        ctx.compute, ctx.terms, ctx.namespace, ctx.gradients = compute, terms, namespace, gradients
-        return loss  # type: ignore[no-any-return]
+        ctx.compute, ctx.terms, ctx.namespace, ctx.gradients = compute, (*terms, filter_eps), namespace, gradients
+        ctx.mark_non_differentiable(skipped)
+        return loss, skipped
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         hidden, weight, bias, targets, scale = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -149,7 +189,7 @@ class _GradientInForward(torch.autograd.Function):
             for gradient, needed in zip(gradients, needs):
                 if needed:
                     _scale_in_place(gradient, grad_output)
-        return (*_wanted(gradients, needs), *[None] * 5)
+        return (*_wanted(gradients, needs), *[None] * 6)
 
 
 def _scale_in_place(gradient: Tensor, factor: Tensor) -> None:
@@ -178,117 +218,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         narrow = torch.get_autocast_dtype(kind)
         if kind != "cpu" or narrow == torch.bfloat16:
             return narrow
-    return _at_least_float32(wide) if kind == "cpu" else wide
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rows_per_chunk(num_rows: int, num_classes: int, element_size: int, device_type: str) -> int:
-    """Equal chunks within the budget: a last chunk of few rows would read the weight for little."""
-    most = max(MIN_ROWS, WORKSPACE_BYTES["cpu" if device_type == "cpu" else "cuda"] // (num_classes * element_size))
-    if num_rows <= most:
-        return max(num_rows, 1)
-    equal = math.ceil(num_rows / math.ceil(num_rows / most))
-    return min(most, math.ceil(equal / 16) * 16)  # whole tiles of a matrix product
-
-
-def _chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-             scale: Tensor | None, compute: torch.dtype, needs: Any, terms: Terms) -> tuple[Tensor, ...]:
-    """Losses (N,) and, given `scale` (0-d or (N,)), the gradients of sum(scale * losses) that `needs` asks for."""
-    kernels, wide = getattr(torch.ops, namespace), _at_least_float32(compute)
-    num_rows, num_classes = hidden.size(0), weight.size(0)
-    rows = _rows_with_target(targets, terms.ignore_index)  # None: all
-    count = num_rows if rows is None else rows.numel()
-    step = _rows_per_chunk(count, num_classes, compute.itemsize, hidden.device.type)
-    multiplied = weight.to(compute)
-    if 1 not in multiplied.stride() or 0 in multiplied.stride():
-        multiplied = multiplied.contiguous()  # once, not in every product
-    added = None if bias is None else bias.to(compute)
-    workspace = _empty_matrix(namespace, step, num_classes, compute, hidden.device)
-    onednn = namespace == "fasttrain" and usable(step, multiplied)
-    losses = torch.zeros(num_rows, dtype=wide, device=hidden.device)
-    grad_hidden, grad_weight, grad_bias = _empty_gradients(namespace, hidden, weight, wide, needs, rows is not None)
-    for begin in range(0, count, step):
-        at = slice(begin, min(begin + step, count)) if rows is None else rows[begin:begin + step]
-        h, y = hidden[at].to(compute), targets[at]  # (n, D), (n,)
-        z = workspace[:y.size(0)]  # (n, V): logits, then their gradient
-        if onednn:
-            fill_product(z, h, multiplied, added)
-        elif added is None:
-            torch.mm(h, multiplied.t(), out=z)
-        else:
-            torch.addmm(added, h, multiplied.t(), out=z)
-        if scale is None:
-            losses[at] = kernels.cross_entropy_forward(z, y, *terms)[0]
-            continue
-        losses[at] = kernels.cross_entropy_fused_(z, y, scale if scale.dim() == 0 else scale[at], *terms)[0]
-        if needs[0]:
-            part = product(z, multiplied.t()) if onednn else torch.mm(z, multiplied)
-            grad_hidden[at] = part.to(grad_hidden.dtype)
-        if needs[1] and onednn and grad_weight.is_contiguous():
-            fill_transposed_product(grad_weight, z, h, add=begin > 0)
-        elif needs[1]:
-            _add_product(grad_weight, z.t(), h, first=begin == 0)
-        if needs[2]:
-            grad_bias += z.sum(0, dtype=wide)
-    if count == 0 and needs[1]:
-        grad_weight.zero_()
-    return losses, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to((weight if bias is None else bias).dtype)
-
-
-def _losses(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-            compute: torch.dtype, terms: Terms) -> Tensor:
-    """Losses (N,) alone: of one kernel that writes no logits, or in chunks."""
-    if hidden.device.type != "cpu" or namespace != "fasttrain":
-        from ..kernels import linear_cross_entropy as kernels  # triton is imported by the first call that needs it
-
-        if hidden.size(1) <= kernels.MAX_HIDDEN:
-            losses: Tensor = kernels.linear_cross_entropy_forward(
-                hidden.to(compute), weight.to(compute), bias, targets, **terms._asdict())[0]
-            return losses
-    return _chunked(namespace, hidden, weight, bias, targets, None, compute, [False] * 3, terms)[0]
-
-
-def _rows_with_target(targets: Tensor, ignore_index: int) -> Tensor | None:
-    if targets.device.type != "cpu":
-        return None
-    counted = targets != ignore_index
-    return None if counted.all() else counted.nonzero().squeeze(1)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total (+)= a @ b, in the total's type."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    else:
-        total.copy_(torch.mm(a, b)) if first else total.add_(torch.mm(a, b))
-
-
-def _empty_gradients(namespace: str, hidden: Tensor, weight: Tensor, wide: torch.dtype, needs: Any,
-                     partial: bool) -> list[Tensor]:
-    """The three gradients before their first chunk; those that nobody wants are empty."""
-    (num_classes, size), device = weight.shape, weight.device
-    grad_hidden = torch.zeros if partial else torch.empty
-    grads = [grad_hidden(hidden.shape if needs[0] else 0, dtype=hidden.dtype, device=device)]
-    if not needs[1]:
-        grads.append(torch.empty(0, dtype=wide, device=device))
-    elif _is_transposed(weight):  # a gradient in the parameter's own layout is taken over without a copy
-        grads.append(_empty_matrix(namespace, size, num_classes, wide, device).t())
-    else:
-        grads.append(_empty_matrix(namespace, num_classes, size, wide, device))
-    return [*grads, torch.zeros(num_classes if needs[2] else 0, dtype=wide, device=device)]
-
-
-def _is_transposed(weight: Tensor) -> bool:
-    return not weight.is_contiguous() and weight.t().is_contiguous()
-
-
-def _empty_matrix(namespace: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type == "cpu" and namespace == "fasttrain":
-        return torch.ops.fasttrain.empty_matrix(torch.empty(0, dtype=dtype), rows, columns)  # type: ignore[no-any-return]
-    return torch.empty(rows, columns, dtype=dtype, device=device)
+    return at_least_float32(wide) if kind == "cpu" else wide
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -320,68 +250,85 @@ def _register(namespace: str, devices: tuple[str, ...]) -> Any:
     """The three ops in one namespace: schema, implementation, shapes for tracing, autograd."""
     library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     inputs = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
-    gradients = f"{inputs}, Tensor scale, ScalarType compute, bool[] needs, {TERMS_SCHEMA}"
-    library.define(f"linear_cross_entropy_forward({inputs}, ScalarType compute, {TERMS_SCHEMA}) -> Tensor")
-    library.define(f"linear_cross_entropy_fused({gradients}) -> (Tensor, Tensor, Tensor, Tensor)")
+    terms_schema = f"{TERMS_SCHEMA}, float? filter_eps"
+    gradients = f"{inputs}, Tensor scale, ScalarType compute, bool[] needs, {terms_schema}"
+    library.define(f"linear_cross_entropy_forward({inputs}, ScalarType compute, {terms_schema}, bool want_skipped) -> "
+                   "(Tensor, Tensor)")
+    library.define(f"linear_cross_entropy_fused({gradients}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
     library.define(f"linear_cross_entropy_backward({gradients}) -> (Tensor, Tensor, Tensor)")
     if namespace == "fasttrain":
         library.define("empty_matrix(Tensor like, int rows, int columns) -> Tensor")
+        library.define("live_block(Tensor z, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)")
+        library.define("take(Tensor z, Tensor rows, Tensor columns) -> Tensor")
+        library.define("add_rows_(Tensor(a!) total, Tensor ids, Tensor part) -> ()")
 
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype,
-                *terms: Any) -> Tensor:
+                *terms: Any) -> tuple[Tensor, Tensor]:
+        *four, filter_eps, want_skipped = terms
         with torch.autocast(hidden.device.type, enabled=False):
-            return _losses(namespace, hidden, weight, bias, targets, compute, Terms(*terms))
+            if filter_eps is None or not want_skipped:
+                losses = losses_alone(namespace, hidden, weight, bias, targets, compute, Terms(*four))
+                return losses, torch.zeros_like(losses) if want_skipped else losses.new_empty(0)
+            one = torch.ones((), dtype=at_least_float32(compute), device=hidden.device)
+            losses, *_, skipped = chunked(namespace, hidden, weight, bias, targets, one, compute, [False] * 3,
+                                          Terms(*four), filter_eps)
+            return losses, skipped
 
     def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
               compute: torch.dtype, needs: Any, *terms: Any) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            losses, *rest = _chunked(namespace, hidden, weight, bias, targets, scale, compute, needs, Terms(*terms))
-            return losses.sum() * scale, *rest
+            losses, *gradients, skipped = chunked(namespace, hidden, weight, bias, targets, scale, compute, needs,
+                                                  Terms(*terms[:-1]), terms[-1])
+            return losses.sum() * scale, *gradients, skipped.sum()
 
     def backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
                  compute: torch.dtype, needs: Any, *terms: Any) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            return _chunked(namespace, hidden, weight, bias, targets, scale, compute, needs, Terms(*terms))[1:]
+            return chunked(namespace, hidden, weight, bias, targets, scale, compute, needs, Terms(*terms[:-1]),
+                           terms[-1])[1:4]
 
     def forward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype,
-                     *terms: Any) -> Tensor:
-        return hidden.new_empty(hidden.size(0), dtype=_at_least_float32(compute))
+                     *terms: Any) -> tuple[Tensor, Tensor]:
+        losses = hidden.new_empty(hidden.size(0), dtype=at_least_float32(compute))
+        return losses, torch.empty_like(losses) if terms[-1] else losses.new_empty(0)
 
     def backward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
                       compute: torch.dtype, needs: Any, *terms: Any) -> tuple[Tensor, ...]:
         grad_weight = weight.new_empty(weight.shape if needs[1] else (0,))
-        if needs[1] and _is_transposed(weight):
+        if needs[1] and is_transposed(weight):
             grad_weight = weight.new_empty(weight.t().shape).t()
         grad_bias = (weight if bias is None else bias).new_empty(weight.shape[:1] if needs[2] else (0,))
         return hidden.new_empty(hidden.shape if needs[0] else (0,)), grad_weight, grad_bias
 
     def fused_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
                    *rest: Any) -> tuple[Tensor, ...]:
-        return scale.new_empty(()), *backward_fake(hidden, weight, bias, targets, scale, *rest)
+        gradients = backward_fake(hidden, weight, bias, targets, scale, *rest)
+        return scale.new_empty(()), *gradients, scale.new_empty(())
 
-    def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.compute = inputs[:5]
-        ctx.terms = inputs[5:]
+        ctx.terms = inputs[5:-1]
         ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(output[1])
 
-    def backward_of_forward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+    def backward_of_forward(ctx: Any, grad_losses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         needs = list(ctx.needs_input_grad[:3])
         op = getattr(torch.ops, namespace).linear_cross_entropy_backward
-        return (*_wanted(op(*ctx.saved_tensors, grad_losses, ctx.compute, needs, *ctx.terms), needs), *[None] * 6)
+        return (*_wanted(op(*ctx.saved_tensors, grad_losses, ctx.compute, needs, *ctx.terms), needs), *[None] * 8)
 
     def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.needs = inputs[6]
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[1:-1])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     def backward_of_fused(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         if grad_loss is None:
-            return (None,) * 11
+            return (None,) * 12
         gradients = [(grad_loss * gradient).to(gradient.dtype) for gradient in ctx.saved_tensors]
-        return (*_wanted(gradients, ctx.needs), *[None] * 8)
+        return (*_wanted(gradients, ctx.needs), *[None] * 9)
 
     autograd = torch.library.register_autograd
     for name, implementation, fake in (("forward", forward, forward_fake), ("fused", fused, fused_fake),

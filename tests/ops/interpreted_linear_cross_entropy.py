@@ -19,7 +19,8 @@ from fasttrain.kernels import linear_cross_entropy as kernels
 from fasttrain.ops.cross_entropy import Terms
 from fasttrain.ops.linear_cross_entropy import linear_cross_entropy_reference
 
-module = sys.modules["fasttrain.ops.linear_cross_entropy"]
+chunks = sys.modules["fasttrain.ops._linear_chunks"]
+gradient_filter = sys.modules["fasttrain.ops._gradient_filter"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGNORE = -100
 PLAIN = {"ignore_index": IGNORE, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
@@ -65,6 +66,18 @@ def test_the_logits_are_never_written(smoothing: float) -> None:
     assert traffic.loaded["weight"] == weight.nbytes and traffic.launches == ["_tile_kernel", "_combine_kernel"]
 
 
+def test_tiles_of_rows_without_a_target_are_not_multiplied() -> None:
+    hidden, weight, _, targets = head(3 * kernels.tile_shape(2).rows, 16, 300, torch.float16)
+    targets[: 2 * kernels.tile_shape(2).rows] = IGNORE
+    with count_bytes() as traffic:
+        losses, _ = kernels.linear_cross_entropy_forward(hidden, weight, None, targets, **PLAIN)
+    assert traffic.loaded["weight"] == weight.nbytes and losses[targets != IGNORE].all()  # by one of three row tiles
+    shuffled = torch.randperm(len(targets))
+    with count_bytes() as traffic, torch.no_grad():
+        got = ops.linear_cross_entropy(hidden[shuffled], weight, targets[shuffled], impl="triton", reduction="none")
+    assert traffic.loaded["weight"] == weight.nbytes and torch.equal(got, losses[shuffled])
+
+
 def test_a_target_out_of_range_is_nan_and_its_neighbours_are_not() -> None:
     hidden, weight, _, targets = head(4, 8, 200)
     targets[1], targets[2] = 200, -1
@@ -101,8 +114,8 @@ def test_strided_input_and_wrong_types() -> None:
 def test_the_op_gives_loss_and_gradients_of_the_reference(
     reduction: Any, terms: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MIN_ROWS", 4)  # three chunks
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(chunks, "MIN_ROWS", 4)  # three chunks
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
     *tensors, targets = head(11, 24, 300, dtype)
     targets[2::3] = IGNORE
     results = []
@@ -123,3 +136,40 @@ def test_the_op_gives_loss_and_gradients_of_the_reference(
             *tensors[:2], targets, bias=tensors[2], reduction=reduction, impl="triton", **terms
         )
     torch.testing.assert_close(loss.double(), results[1][0].double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_filter_leaves_out_what_the_reference_leaves_out(
+    reduction: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_filter, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(chunks, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(chunks, "MIN_ROWS", 32)  # two chunks
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
+    *tensors, targets = head(70, 40, 200, dtype)
+    tensors[0][::7] *= 8  # confident rows: dead, or nearly
+    targets[2::3] = IGNORE
+    for eps, transposed in ((0.0, False), (0.02, False), (0.02, True), (10.0, False)):
+        results = []
+        for impl, kind in (("triton", dtype), ("reference", torch.float32)):
+            hidden, weight, bias = (tensor.detach().to(kind) for tensor in tensors)
+            if transposed:
+                weight = weight.t().contiguous().t()
+            leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
+            with count_bytes():
+                loss, skipped = ops.linear_cross_entropy(
+                    *leaves[:2],
+                    targets,
+                    bias=leaves[2],
+                    reduction=reduction,
+                    impl=impl,
+                    filter_eps=eps,
+                    return_skipped_mass=True,
+                )
+                (loss * torch.linspace(-1, 2, loss.numel() or 1).view(loss.shape)).sum().backward()
+            results.append([loss.detach(), skipped, *(leaf.grad for leaf in leaves)])
+        for got, want in zip(*results):
+            assert got is not None and want is not None and got.shape == want.shape
+            error = float((got.double() - want.double()).norm())
+            assert error <= (1e-5 if dtype == torch.float32 else 0.05) * float(want.double().norm()) + 1e-6

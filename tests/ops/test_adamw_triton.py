@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton_gate import DEVICES, H100, run_interpreted
 
-from bench.gate_subjects import compile_norm, compile_update
+from bench.gate_adamw import compile_norm, compile_update
 from fasttrain.kernels import adamw as kernels
 
 TARGETS = list(DEVICES)

@@ -153,11 +153,14 @@ def fuzz_linear_cross_entropy(data: st.DataObject) -> None:
     bias = data.draw(matrices(st.just(1), st.just(weight.size(0)), other))[0] if data.draw(st.booleans()) else None
     targets = data.draw(targets_of(hidden.size(0), weight.size(0)))
     options = data.draw(loss_options())
+    threshold = data.draw(st.sampled_from([None, None, 0.0, -1.0]))  # 0: all that is not zero
     upstream = data.draw(st.sampled_from(["expanded", "none", "each its own"]))
 
     def call(impl: Any) -> list[Tensor | None]:
         return with_gradients(
-            lambda h, w, b: ops.linear_cross_entropy(h, w, targets, bias=b, impl=impl, **options),
+            lambda h, w, b: ops.linear_cross_entropy(
+                h, w, targets, bias=b, impl=impl, filter_eps=threshold, **options
+            ),
             upstream,
             hidden,
             weight,

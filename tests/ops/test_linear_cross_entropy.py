@@ -22,7 +22,7 @@ from fasttrain.backend import extension
 from fasttrain.ops.cross_entropy import Terms
 from fasttrain.ops.linear_cross_entropy import linear_cross_entropy_reference
 
-module = sys.modules["fasttrain.ops.linear_cross_entropy"]  # the package's attribute of this name is the function
+chunks = sys.modules["fasttrain.ops._linear_chunks"]
 _C = extension()
 needs_extension = pytest.mark.skipif(_C is None, reason="the compiled extension is not installed")
 ISAS = _C.available_isas() if _C else []
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MIN_ROWS", 7)
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(chunks, "MIN_ROWS", 7)
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
 
 
 @pytest.fixture(params=ISAS)
@@ -209,9 +209,8 @@ def test_a_transposed_parameter_takes_over_its_gradient_without_a_copy() -> None
     for parameter in (weight, weight.t().contiguous().t()):
         leaf = parameter.detach().requires_grad_()
         op = torch.ops.fasttrain.linear_cross_entropy_fused
-        grad_weight = op(
-            hidden, leaf, None, targets, torch.ones(()), torch.float32, [False, True, False], -100, 0.0, 0.0, 0.0
-        )[2]
+        options = (torch.float32, [False, True, False], -100, 0.0, 0.0, 0.0, None)
+        grad_weight = op(hidden, leaf, None, targets, torch.ones(()), *options)[2]
         assert grad_weight.stride() == leaf.stride()
 
 
@@ -259,6 +258,24 @@ def test_rows_without_a_target_are_in_no_product() -> None:
     assert full == 12 and products(lambda: run(hidden, weight, None, targets, impl="cpp")) == 6
     hidden[::2] = float("nan")  # not even read
     assert not any(result.isnan().any() for result in run(hidden, weight, None, targets, impl="cpp")[:3])
+
+
+@needs_extension
+def test_where_counting_takes_waiting_the_first_chunk_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of events on a GPU, played on a CPU: rows without a target go last, their chunks are left out."""
+    hidden, weight, bias, targets = head(28, 8, 50)
+    want = run(hidden, weight, bias, targets, impl="cpp")  # 18 rows with a target, 7 at a time
+    asked: list[int] = []
+    monkeypatch.setattr(chunks, "_rows_with_target", lambda targets, ignore_index: None)
+    monkeypatch.setattr(chunks, "_may_count_late", lambda targets: True)
+    monkeypatch.setattr(chunks, "_count_late", lambda y, i: lambda: asked.append(1) or int((y != i).sum()))
+    got = []
+    assert products(lambda: got.append(run(hidden, weight, bias, targets, impl="cpp"))) == 9 and asked == [1]
+    for ours, theirs in zip(got[0], want):
+        torch.testing.assert_close(ours, theirs)
+    asked.clear()
+    run(hidden[:7], weight, bias, targets[:7], impl="cpp")  # one chunk: nobody waits
+    assert not asked
 
 
 def products(call: Any) -> int:
@@ -344,10 +361,14 @@ def test_registered_ops_pass_opcheck(with_bias: bool) -> None:
     leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_() if with_bias else None, targets]
     needs, terms = [True, True, with_bias], (-100, 0.1, 1e-3, 5.0)
     op = torch.ops.fasttrain
-    torch.library.opcheck(op.linear_cross_entropy_forward, (*leaves, torch.float32, *terms))
-    torch.library.opcheck(op.linear_cross_entropy_fused, (*leaves, torch.tensor(0.5), torch.float32, needs, *terms))
+    torch.library.opcheck(op.linear_cross_entropy_forward, (*leaves, torch.float32, *terms, None, False))
+    torch.library.opcheck(
+        op.linear_cross_entropy_fused, (*leaves, torch.tensor(0.5), torch.float32, needs, *terms, None)
+    )
     detached = [None if leaf is None else leaf.detach() for leaf in leaves]
-    torch.library.opcheck(op.linear_cross_entropy_backward, (*detached, torch.ones(9), torch.float32, needs, *terms))
+    torch.library.opcheck(
+        op.linear_cross_entropy_backward, (*detached, torch.ones(9), torch.float32, needs, *terms, None)
+    )
     torch.library.opcheck(op.cross_entropy_fused_, (torch.randn(9, 6), targets, torch.tensor(0.5), *terms))
 
 
@@ -456,7 +477,7 @@ def test_chunks_are_equal_and_fit_the_budget(
     num_rows: int, num_classes: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    assert module._rows_per_chunk(num_rows, num_classes, 4, "cpu") == rows
+    assert chunks.rows_per_chunk(num_rows, num_classes, 4, "cpu") == rows
     assert rows * num_classes * 4 <= 64 << 20 or rows == 128
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton_gate import DEVICES, run_interpreted
 
-from bench.gate_subjects import compile_tile
+from bench.gate_linear_cross_entropy import compile_tile
 from fasttrain.kernels import linear_cross_entropy as kernels
 
 

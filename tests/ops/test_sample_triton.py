@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton_gate import DEVICES, Compiled, run_interpreted
 
-from bench.gate_subjects import NO_LIST, compile_sample
+from bench.gate_sample import NO_LIST, compile_sample
 from fasttrain.kernels import sample as kernels
 
 TARGETS = list(DEVICES)
