@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .ops._dispatch import Impl, resolve
+from .ops._linear_chunks import rows_per_chunk
 from .ops.cross_entropy import Reduction, Terms, check_terms, raise_if_target_out_of_range
-from .ops.linear_cross_entropy import _compute_dtype, _rows_per_chunk
+from .ops.linear_cross_entropy import _compute_dtype
 from .utils import on_host
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -50,7 +51,7 @@ class Shards:
 
     def rows_per_chunk(self, count: int, device: torch.device) -> int:
         """Rows whose logits fit the workspace of the rank with the largest shard."""
-        return _rows_per_chunk(count, self.largest, self.compute.itemsize, device.type)
+        return rows_per_chunk(count, self.largest, self.compute.itemsize, device.type)
 
     def mismatch(self, sums: Tensor, mark: Tensor) -> Tensor:
         """Whether the ranks have other targets, () bool: `mark` is this rank's `fingerprint`, `sums` that of all ranks.
