@@ -36,7 +36,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 3.0},
     {"ignore_index": 1, "label_smoothing": 1.0},
 ]
-CHUNKS = vocab_shards._rows_per_chunk.__globals__
+CHUNKS = vocab_shards.rows_per_chunk.__globals__
 CHUNKS["MIN_ROWS"], CHUNKS["WORKSPACE_BYTES"] = 7, {"cpu": 1, "cuda": 1}  # every problem takes several chunks
 
 
