@@ -51,8 +51,8 @@ def torch_step(params: list[torch.nn.Parameter], **options: Any) -> Callable[[],
 
 
 def compiled_step(params: list[torch.nn.Parameter]) -> Callable[[], None]:
-    """PyTorch's clip and its unfused update in one graph; lr is a tensor, or a new value would compile again."""
-    optimizer = torch.optim.AdamW(params, lr=torch.tensor(1e-3), foreach=True)
+    """PyTorch's clip and its unfused update in one graph."""
+    optimizer = torch.optim.AdamW(params, lr=1e-3, foreach=True)
 
     @torch.compile
     def update() -> None:
