@@ -164,6 +164,7 @@ def _filter() -> list[Subject]:
             compile=lambda t, a: compile_filter("_filtered_hidden_kernel", "bf16", t, aligned=a),
             minimum=gathered + 2 * D / BLOCK_ROWS,
             extra_bytes=0.2,  # columns' numbers, and the result
+            occupancy=1,  # of unaligned matrices the addresses fill the registers
             **product,
         ),
         Subject(

@@ -167,7 +167,7 @@ def _with_contiguous_rows(matrix: Tensor) -> Tensor:
 
 # ---- filtered gradients: the rule stands in fasttrain/ops/_gradient_filter.py ----------------------------------------
 
-LIVE_CLASSES, LIVE_WARPS = 128, 16
+LIVE_CLASSES, LIVE_WARPS = 64, 8
 """Classes that one program of `_live_kernel` looks at, in all rows of a block, and its warps."""
 
 FILTERED = Tile(128, 64, 64, 8, tile_shape(2).num_stages)

@@ -246,9 +246,20 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; all must be on one device")
 
 
-def _register(namespace: str, devices: tuple[str, ...]) -> Any:
-    """The three ops in one namespace: schema, implementation, shapes for tracing, autograd."""
-    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+def _losses_and_skipped(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+                        compute: torch.dtype, terms: Terms, filter_eps: float | None,
+                        want_skipped: bool) -> tuple[Tensor, Tensor]:
+    if filter_eps is None or not want_skipped:
+        losses = losses_alone(namespace, hidden, weight, bias, targets, compute, terms)
+        return losses, torch.zeros_like(losses) if want_skipped else losses.new_empty(0)
+    one = torch.ones((), dtype=at_least_float32(compute), device=hidden.device)
+    needs = [False] * 3
+    losses, *_, skipped = chunked(namespace, hidden, weight, bias, targets, one, compute, needs, terms, filter_eps)
+    return losses, skipped
+
+
+def _define(library: Any, namespace: str) -> None:
+    """The schemas: three ops, and what the filter needs of C++."""
     inputs = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
     terms_schema = f"{TERMS_SCHEMA}, float? filter_eps"
     gradients = f"{inputs}, Tensor scale, ScalarType compute, bool[] needs, {terms_schema}"
@@ -262,17 +273,18 @@ def _register(namespace: str, devices: tuple[str, ...]) -> Any:
         library.define("take(Tensor z, Tensor rows, Tensor columns) -> Tensor")
         library.define("add_rows_(Tensor(a!) total, Tensor ids, Tensor part) -> ()")
 
+
+def _register(namespace: str, devices: tuple[str, ...]) -> Any:
+    """The three ops in one namespace: schema, implementation, shapes for tracing, autograd."""
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    _define(library, namespace)
+
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compute: torch.dtype,
                 *terms: Any) -> tuple[Tensor, Tensor]:
         *four, filter_eps, want_skipped = terms
         with torch.autocast(hidden.device.type, enabled=False):
-            if filter_eps is None or not want_skipped:
-                losses = losses_alone(namespace, hidden, weight, bias, targets, compute, Terms(*four))
-                return losses, torch.zeros_like(losses) if want_skipped else losses.new_empty(0)
-            one = torch.ones((), dtype=at_least_float32(compute), device=hidden.device)
-            losses, *_, skipped = chunked(namespace, hidden, weight, bias, targets, one, compute, [False] * 3,
-                                          Terms(*four), filter_eps)
-            return losses, skipped
+            return _losses_and_skipped(namespace, hidden, weight, bias, targets, compute, Terms(*four), filter_eps,
+                                       want_skipped)
 
     def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor,
               compute: torch.dtype, needs: Any, *terms: Any) -> tuple[Tensor, ...]:
