@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.bench_generate import tokenizer_of
 from bench.common import compare
-from bench.generate_contender import load_model, load_tokenizer
+from bench.generate_contender import load_model
 from fasttrain import ops
 from fasttrain.optimizations import tune_cpu_memory
 
@@ -171,7 +172,7 @@ def real_tokens(path: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states before the head, the head, and the next tokens, of the standard library's source."""
     import argparse as text  # any module that is long enough
 
-    ids = torch.tensor(load_tokenizer(path)(Path(text.__file__).read_text())["input_ids"][: count + 1])
+    ids = torch.tensor(tokenizer_of(path)(Path(text.__file__).read_text())["input_ids"][: count + 1])
     model = load_model(path)
     with torch.no_grad():
         hidden = model.model(ids[:-1].view(2, -1)).last_hidden_state.flatten(0, 1)  # two texts of half the length

@@ -42,16 +42,6 @@ def load_model(path: str) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def load_tokenizer(path: str) -> Any:
-    """That of a folder or .gguf file."""
-    from transformers import AutoTokenizer
-
-    folder, _, file = path.rpartition("/")
-    if file.endswith(".gguf"):
-        return AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    return AutoTokenizer.from_pretrained(path)
-
-
 def transformers_writer(path: str) -> Writer:
     import torch
 
