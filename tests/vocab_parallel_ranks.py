@@ -258,7 +258,7 @@ def counted_bytes() -> Iterator[list[int]]:
 def check_bytes_on_the_wire_are_those_of_the_docstring() -> None:
     hidden, weight, _, targets = problem(50, 16, 301)
     M = int((targets != -100).sum())
-    chunks = -(-M // vocab_shards._rows_per_chunk(M, max(cut(301)), 4, "cpu"))
+    chunks = -(-M // vocab_shards.rows_per_chunk(M, max(cut(301)), 4, "cpu"))
     assert chunks > 1
     for smoothing, numbers in ((0.0, 2), (0.1, 3)):
         run_linear(hidden, weight, None, targets, cut(301), 1.0, label_smoothing=smoothing)  # the ranks agree
