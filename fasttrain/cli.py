@@ -1,4 +1,4 @@
-"""The command line: `fasttrain train | eval | generate | verify | inspect | export | report | doctor`. Wiring alone.
+"""The command line: `fasttrain train | eval | generate | verify | inspect | export | report | plan | doctor`. Wiring.
 
 Every flag is a field of one of the dataclasses below or of TrainConfig and GenerationConfig, so a default and its help
 stand in one place. Bad input ends with one line on stderr and status 2, a signal with 128 plus its number.
@@ -33,6 +33,7 @@ from .llama_weights import LLAMA_FAMILY
 from .models.gpt import GPT, GPTConfig
 from .ops import backend_info
 from .optimizations import tune_cpu_memory
+from .plan import PlanCommand
 from .progress import plot_losses, print_report
 from .report import write_report
 from .tokenization import Tokenizer
@@ -338,7 +339,7 @@ def cpu_memory() -> str:
     return format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-Command = Train | Eval | Generate | Verify | Inspect | Export | Report | Doctor
+Command = Train | Eval | Generate | Verify | Inspect | Export | Report | PlanCommand | Doctor
 COMMANDS: dict[str, Callable[..., Command]] = {
     "train": Train,
     "eval": Eval,
@@ -347,6 +348,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "inspect": Inspect,
     "export": Export,
     "report": Report,
+    "plan": PlanCommand,
     "doctor": Doctor,
 }
 

@@ -85,9 +85,9 @@ LEVELS = [
         "scoring",
         "spikes",
     },
-    {"training_loop", "assembly", "sharding", "retention", "capsule", "export"},
-    {"parallel", "preflight", "verification", "saver", "tuning"},
-    {"summary", "report", "session"},
+    {"training_loop", "assembly", "sharding", "retention", "capsule", "export", "step_memory"},
+    {"parallel", "preflight", "verification", "saver", "tuning", "planned_model"},
+    {"summary", "report", "session", "plan"},
     {"trainer"},
     {"cli"},
 ]

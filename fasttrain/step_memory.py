@@ -1,0 +1,140 @@
+"""What one micro-batch allocates, found by running the real model on fake tensors: shapes alone, no memory, no GPU.
+
+Every storage that forward and backward create is counted from its birth to its death, as Python's and autograd's own
+references decide it, so recomputation, views, casts by autocast and the fused loss are what they are in the real model
+and no formula has to know them. Parameters and gradients exist before and are not counted. What the fused loss takes
+inside itself no trace can see: the caller says it. Left out: other kernels' own memory, and fragmentation.
+
+Legend: B sequences, T positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .ops import linear_cross_entropy
+from .optimizations import _activation_checkpointing
+
+
+class StepMemory(NamedTuple):
+    """Bytes of one forward and backward."""
+
+    held: int
+    """Alive at the end of the forward: activations, logits if any, autocast's copies of weights."""
+    casts: int
+    """Of these, autocast's copies of weights."""
+    peak: int
+    """Most alive at any moment of forward and backward."""
+    kept: int
+    """Alive after the backward; 0 unless something leaks."""
+
+
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of storages that are created while it is active, by weak references to them."""
+
+    def __init__(self, known: set[int], weights: set[int], workspace: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known, self._weights, self._workspace = known, weights, workspace
+        self._alive: dict[int, tuple[int, bool]] = {}
+
+    @property
+    def casts(self) -> int:
+        """Bytes now alive that are copies of a weight in another type."""
+        return sum(size for size, cast in self._alive.values() if cast)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage(), cast)
+        if "linear_cross_entropy" in func.name():
+            self.peak = max(self.peak, self.live + self._workspace)
+        return result
+
+    def _see(self, storage: Any, cast: bool) -> None:
+        key = storage._cdata
+        if key in self._alive or key in self._known:
+            return
+        self._alive[key] = storage.nbytes(), cast
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._alive.pop(key)[0]
+
+
+def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *, recompute: str = "none",
+               autocast: torch.dtype | None = None, fused_loss: bool = True, workspace: int = 0,
+               fake: bool = True) -> StepMemory:
+    """Runs one micro-batch of `build()`, a causal language model, and counts.
+
+    Args:
+        recompute: `activation_checkpointing` of TrainConfig.
+        autocast: type of the products, or None for the weights' own.
+        fused_loss: from hidden states, without logits; else through (B * T, V) logits and PyTorch's cross-entropy.
+        workspace: bytes that the fused loss allocates inside itself, beside all that is alive then.
+        fake: on fake tensors; False runs it for real, on the CPU.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports that only this needs
+
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        model = build()
+        if recompute != "none":
+            _activation_checkpointing(model, recompute)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        ids = torch.zeros((batch_size, seq_len), dtype=torch.int64)
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        known = {tensor.untyped_storage()._cdata for tensor in (ids, *(p.grad for p in model.parameters()))
+                 if tensor is not None}
+        with Allocations(known | weights, weights, workspace) as counted:
+            with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = _loss(model, ids, fused_loss)
+            held, casts = counted.live, counted.casts
+            with _upstream_of_one():
+                loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+        return StepMemory(held, casts, counted.peak, counted.live)
+
+
+@contextlib.contextmanager
+def _upstream_of_one() -> Iterator[None]:
+    """The fused loss looks whether its upstream gradient is 1, as it is here; a fake tensor has no number to read."""
+    module = sys.modules[linear_cross_entropy.__module__]
+    read = module.read_scalar
+    module.read_scalar = lambda value: 1.0  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.read_scalar = read  # type: ignore[attr-defined]
+
+
+def _loss(model: nn.Module, ids: Tensor, fused: bool) -> Tensor:
+    """The sum of the next-token losses, as `losses.batch_loss` computes it; labels are the ids themselves."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    hidden = _hidden(model, ids).flatten(0, 1)  # (B * T, D)
+    if fused:
+        return linear_cross_entropy(hidden, head.weight, ids.flatten(), reduction="sum")
+    logits = F.linear(hidden, head.weight)
+    return F.cross_entropy(logits.float(), ids.flatten(), reduction="sum")
+
+
+def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    """(B, T, D): of our GPT by return_hidden, of a Hugging Face model by its base_model."""
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:
+        return base(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    return model(ids, return_hidden=True)  # type: ignore[no-any-return]
