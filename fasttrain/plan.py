@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from .ops._adamw_moments import new_moments
-from .ops.linear_cross_entropy import _rows_per_chunk
+from .ops._linear_chunks import rows_per_chunk
 from .planned_model import PlannedModel, planned_model
 from .products import _SLICE_BYTES, onednn_advantage
 from .step_memory import StepMemory, trace_step
@@ -146,7 +146,7 @@ class Plan:
             return 0
         item = _DTYPES[setting.precision].itemsize if setting.device != "cpu" else 4
         tokens = setting.batch_size * setting.seq_len
-        chunk = _rows_per_chunk(tokens, self.model.vocab_size, item, setting.device) * self.model.vocab_size * item
+        chunk = rows_per_chunk(tokens, self.model.vocab_size, item, setting.device) * self.model.vocab_size * item
         wide = 4 * self.model.vocab_size * self.model.hidden_size if setting.weights != "float32" else 0
         products = 2 * _SLICE_BYTES if setting.device == "cpu" and onednn_advantage()[0] else 0
         return chunk + wide + products
