@@ -124,14 +124,17 @@ JOBS: list[Job] = [  # the longest first, so that the last ones to end are short
 def merged(ended: Iterable[Ended]) -> list[Part]:
     """One row for all parts of one name: counts are added, notes joined where they differ."""
     rows: dict[str, Part] = {}
+    notes: dict[str, dict[str, None]] = {}  # in order, each once
     for part in (part for job in ended for part in job.parts):
         row = rows.setdefault(part.name, Part(part.name, 0))
         row.trials += part.trials
         row.wrong = [*row.wrong, *part.wrong]
         row.seconds = [*row.seconds, *part.seconds]
         row.counts = {key: row.counts.get(key, 0) + part.counts.get(key, 0) for key in {**row.counts, **part.counts}}
-        if part.note and part.note not in row.note.split("; "):
-            row.note = f"{row.note}; {part.note}" if row.note else part.note
+        told = notes.setdefault(part.name, {})
+        if part.note:
+            told[part.note] = None
+        row.note = "; ".join(told)
     return list(rows.values())
 
 
