@@ -21,14 +21,21 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from .averaging import averaged_weights
 from .batch_stream import peek_batches
 from .batches import tensors_of
-from .checkpointing import CheckpointError, list_checkpoints, load_checkpoint, read_manifest, verify_checkpoint
+from .checkpointing import (
+    CheckpointError,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+)
 from .config import TrainConfig, to_dict
 from .dealing import batches_per_turn
 from .distributed import ALONE, Team
 from .generation import generate
+from .manifest import is_rank_tree
 from .ops.adamw import AdamW
-from .shard_files import generators_of
-from .shards import whole_tensors
+from .shard_files import tree_of_generators
 from .state import TrainState
 from .tokenization import Tokenizer, as_tokenizer, tokenizer_to_dict
 from .utils import Interrupted, Interruption, device_of, format_count, rank_seed, seed_all, unwrap
@@ -270,45 +277,65 @@ def breakable_generation(model: nn.Module, tokenizer: Tokenizer, interruption: I
     return run_on_average
 
 
+def problem_of(path: Path, team: Team = ALONE) -> str:
+    """What is wrong with a checkpoint, or an empty text; the same on every rank. Each reads a share of the ranks'
+    files, so that no single one has to read them all, and rank 0 the common ones too."""
+    try:
+        trees = list(read_manifest(path).trees)
+        ranks = [name for name in trees if is_rank_tree(name)]
+        mine = ranks[team.rank::team.world_size] + ([name for name in trees if name not in ranks] if team.leads else [])
+        problems = verify_checkpoint(path, names=mine)
+    except CheckpointError as error:
+        problems = [str(error)]
+    finder = int(team.agree([float(team.world_size - team.rank) if problems else 0.0])[0])
+    return team.tell("; ".join(problems), team.world_size - finder) if finder else ""
+
+
+def newest_checkpoint(root: Path, team: Team, *, log: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies, as all ranks see it; each newer one that does not is logged."""
+    if team.is_alone:
+        return latest_checkpoint(root, log=log)
+    names = team.tell("\n".join(path.name for path in reversed(list_checkpoints(root) if team.leads else [])))
+    for name in names.split():
+        problem = problem_of(root / name, team)
+        if not problem:
+            return root / name
+        log(f"CHECKPOINT NOT USED: {str(root / name)!r} is damaged: {problem}")
+    return None
+
+
 def restore(state: TrainState, path: Path) -> None:
-    """Loads a checkpoint into the state, on every rank its own part; rank 0 verifies for all.
+    """Loads a checkpoint into the state, on every rank its own part; they verify it together.
 
     A number of ranks other than the one that wrote it goes on with the same samples; generators of ranks from 1 on are
     then seeded by (the run's seed, the step, the rank).
 
     Raises:
-        CheckpointError: on every rank, what rank 0 found.
+        CheckpointError: on every rank, what one of them found.
         ValueError: the checkpoint belongs to another model, optimizer or data.
     """
-    team, problem = state.team, ""
-    trees: dict[str, Any] = {}
-    if team.leads:
-        try:
-            trees = load_checkpoint(path, whole=False)
-        except CheckpointError as error:
-            problem = str(error)
-    problem = team.tell(problem)
+    team = state.team
+    problem = "" if team.is_alone else problem_of(path, team)
     if problem:
         raise CheckpointError(problem)
-    if not team.leads:
-        trees = load_checkpoint(path, whole=False, hashed=False)
-    generators = generators_of(trees, team)
-    trees["training"] = whole_tensors(trees["training"])
-    state.restore({**trees, "rng": trees["rng"] if generators is None else generators})
-    if generators is None:
-        seed = read_manifest(path).metadata.get("config", {}).get("seed", 0)
-        seed_all(rank_seed(seed + state.step, team.rank))
+    manifest = read_manifest(path)
+    trees = load_checkpoint(path, whole=False, hashed=team.is_alone)
+    source = tree_of_generators(manifest, team)
+    if source not in ("rng", None):
+        trees["rng"] = load_checkpoint(path, [source], hashed=False)[source]["rng"]
+    state.restore(trees)
+    if source is None:
+        seed_all(rank_seed(manifest.metadata.get("config", {}).get("seed", 0) + state.step, team.rank))
 
 
 def rewind(state: TrainState, root: Path, team: Team = ALONE) -> Path | None:
-    """Back to the newest good checkpoint before the present step (as rank 0 finds it); the batches that `state.blamed`
-    names are passed over from then on. Returns it, or None where there is none: the run is then asked to stop."""
+    """Back to the newest good checkpoint before the present step; the batches that `state.blamed` names are passed over
+    from then on. Returns it, or None where there is none: the run is then asked to stop."""
     step, skipped, rewinds, blamed = state.step, state.stream.skipped, state.counters.rewinds, state.blamed
-    found = (path for path in reversed(list_checkpoints(root) if team.leads else [])
-             if int(path.name.removeprefix("step-")) < step and not verify_checkpoint(path))
-    name = team.tell(next((path.name for path in found), ""))
-    good = root / name
-    if not name:
+    names = team.tell("\n".join(path.name for path in reversed(list_checkpoints(root) if team.leads else [])
+                                if int(path.name.removeprefix("step-").rstrip("~")) < step))
+    good = next((root / name for name in names.split() if not problem_of(root / name, team)), None)
+    if good is None:
         state.request_stop(f"step {step} was to be undone, and {str(root)!r} has no good checkpoint from before it; "
                            "set save_every_steps")
         return None

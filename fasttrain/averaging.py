@@ -46,7 +46,7 @@ class EMA(Callback):
             if saved is not None and saved.shape != p.shape:
                 raise ValueError(f"EMA: the saved average of {name!r} is {tuple(saved.shape)}, the parameter "
                                  f"{tuple(p.shape)}")
-            self.averages[name] = p.detach().clone() if saved is None else part_like(saved.to(p.dtype), p)
+            self.averages[name] = p.detach().clone() if saved is None else _like(saved.to(p.dtype), p)
 
     @torch.no_grad()
     def on_step(self, state: TrainState) -> None:
@@ -93,7 +93,12 @@ class EMA(Callback):
         saved = {name: value.clone() for name, value in state["averages"].items()}
         for name, value in saved.items():  # in the middle of a run (a rewind): on the parameter's device
             own = self.averages.get(name)
-            self.averages[name] = value if own is None else part_like(value, own)
+            self.averages[name] = value if own is None else _like(value, own)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A saved average, which may be spread already, as it lies with the parameter."""
+    return value if is_shard(value) else part_like(value, parameter)
 
 
 @contextlib.contextmanager

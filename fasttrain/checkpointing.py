@@ -26,13 +26,15 @@ from torch import Tensor
 from fasttrain.manifest import (
     MANIFEST_NAME,
     Manifest,
+    is_rank_tree,
     is_tree_name,
     open_manifest,
     parse_step_name,
     seal_manifest,
     step_directory_name,
 )
-from fasttrain.shard_files import RANK_TREE, SharedSave
+from fasttrain.rank_parts import RankParts
+from fasttrain.shard_files import SharedSave
 from fasttrain.shards import joined
 from fasttrain.storage import (
     CheckpointSpaceError,
@@ -157,32 +159,37 @@ def write_snapshot(root: Path | str, step: int, snapshot: Snapshot, *, metadata:
 def load_checkpoint(path: Path | str, names: Iterable[str] | None = None, *,
                     map_location: torch.device | str = "cpu", whole: bool = True,
                     hashed: bool = True) -> dict[str, Tree]:
-    """The trees `names` (None: all) of the checkpoint at `path`, verified before anything is returned.
+    """The trees `names` (None: all but those of single ranks) of the checkpoint at `path`, verified before anything is
+    returned.
 
     CPU tensors are private mappings of the files: pages are read when touched, writing to them changes memory only, and
     they stay valid when the checkpoint is pruned. Tied tensors come back as one tensor.
 
     Args:
-        whole: tensors that the ranks of a run wrote in parts are put together, in memory; False: they come as
-            `shards.Pieces`, of which any part can be copied from the files.
-        hashed: False trusts another rank that has verified the files.
+        whole: tensors that the ranks of a run wrote in parts are put together, in memory, one rank's parts after the
+            other's; False: they come as `shards.Pieces`, of which any part can be copied from the files while the
+            checkpoint is there.
+        hashed: False trusts other ranks that have verified the files; of the ranks' files those are opened, and no
+            others, whose parts are asked for.
 
     Raises:
         CheckpointError: damaged, incomplete or hostile; names the file and, where it can be told, the tensor.
         ValueError: a name that the checkpoint does not have.
     """
     with _opened(Path(path)) as (directory, manifest, budget):
-        wanted = list(manifest.trees) if names is None else list(names)
+        wanted = [name for name in manifest.trees if not is_rank_tree(name)] if names is None else list(names)
         for name in wanted:
             if name not in manifest.trees:
                 raise ValueError(f"{str(path)!r} has no tree {name!r}; it has {sorted(manifest.trees)}")
-        ranks = [name for name in manifest.trees if name.startswith(RANK_TREE)]
         with _naming(Path(path)):
             trees = {name: read_tree(directory, name, manifest.trees[name], budget, hashed=hashed)
-                     for name in dict.fromkeys([*wanted, *ranks])}
-            if ranks:
-                parts = [trees[name].pop("parts") for name in ranks]
-                trees = joined({name: trees[name] for name in wanted}, parts, whole=whole)
+                     for name in dict.fromkeys(wanted)}
+            parts = RankParts(Path(path), manifest.trees, budget, hashed=hashed)
+            if parts.ranks:
+                if hashed and not whole:
+                    for rank in parts.ranks:
+                        parts.open(rank)
+                trees = joined(trees, parts, whole=whole)
     device = torch.device(map_location)
     return trees if device.type == "cpu" else {
         name: transform_tensors(tree, lambda tensor: tensor.to(device)) for name, tree in trees.items()}
@@ -228,8 +235,10 @@ def verify_checkpoint(path: Path | str, *, from_disk: bool = False, names: Itera
             for name, entry in manifest.trees.items():
                 if names is not None and name not in names:
                     continue
+                # What a rank's tree takes is given back: there may be thousands, and each is dropped at once.
+                passing = replace(budget) if is_rank_tree(name) else budget
                 try:
-                    read_tree(directory, name, entry, budget, from_disk=from_disk)
+                    read_tree(directory, name, entry, passing, from_disk=from_disk)
                 except (ValueError, OSError) as error:
                     problems.append(describe(error))
     except CheckpointError as error:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .checkpointing import CheckpointError, list_checkpoints, load_checkpoint, read_manifest
+from .manifest import TreeEntry, is_rank_tree
 from .models.gpt import GPTConfig
 from .storage import make_directory, open_directory, open_regular, private_directory, sync_directory, write_file
 from .tensorfile import layout, map_tensors, tensor_bytes
@@ -39,15 +40,23 @@ def describe_checkpoint(path: Path | str) -> tuple[list[tuple[str, str]], list[t
                if metadata.get(name) is not None),
              ("written by", ", ".join(f"{name} {version}" for name, version in manifest.libraries.items()))]
     tensors = []
+    parts = {name: entry for name, entry in manifest.trees.items() if is_rank_tree(name)}
     for tree, entry in manifest.trees.items():
-        size = entry.structure.size + (entry.tensor_file.size if entry.tensor_file else 0)
-        facts.append((f"{tree}", f"{len(entry.tensors)} tensors, {format_bytes(size)}"))
+        if entry.tensors is None:
+            continue  # a rank's, which lists them itself
+        facts.append((f"{tree}", f"{len(entry.tensors)} tensors, {format_bytes(_size_of(entry))}"))
         tensors += [(f"{tree}: {name}", f"{tuple(item.shape)} {item.dtype}") for name, item in entry.tensors.items()]
+    if parts:
+        facts.append(("ranks", f"{len(parts)}, {format_bytes(sum(map(_size_of, parts.values())))}"))
     for section in ("config", "model_config"):
         values = metadata.get(section)
         if isinstance(values, Mapping):
             facts += [(f"{section}.{key}", json.dumps(value)) for key, value in values.items()]
     return facts, tensors
+
+
+def _size_of(entry: TreeEntry) -> int:
+    return entry.structure.size + (entry.tensor_file.size if entry.tensor_file else 0)
 
 
 def export_checkpoint(path: Path | str, out: Path | str, to: ExportFormat = "safetensors") -> Path:

@@ -9,6 +9,9 @@ covers all tensors and is verified before one of them is used, so a hash per ten
 to name the damaged tensor, and to tell which of two checkpoints' tensors differ. For that 64 bits are enough. A second
 SHA-256 of every byte would double the work that bounds a save's speed (2 GB/s a core against 20 for the sum), and one
 over per-tensor digests in place of the file's could be checked by no other tool.
+
+The tree of a single rank (`rank_00003`) lists its tensors in its own JSON, whose hash is here: thousands of ranks with
+hundreds of tensors each would make a manifest of hundreds of megabytes, which every rank would have to read.
 Deliberately left out: reading and writing files (storage.py, checkpointing.py).
 """
 
@@ -21,13 +24,15 @@ from dataclasses import dataclass
 
 from fasttrain.trees import JSON, ReadBudget, Tree, dump_json, flatten_tree, is_tensor_name, parse_json, unflatten_tree
 
-FORMAT, VERSION = "fasttrain-checkpoint", 2
+FORMAT, VERSION = "fasttrain-checkpoint", 3
+READABLE_VERSIONS = (2, 3)  # in version 2 the trees of ranks, too, list their tensors here
 MANIFEST_NAME = "manifest.json"
 MAX_STEP = 10**15 - 1
 
 _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _TREE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_RANK_TREE = re.compile(r"rank_\d{5,9}", re.ASCII)
 _STEP_NAME = re.compile(r"step-(\d{8,15})(~?)", re.ASCII)
 _SEALED = re.compile(rb'\{"sha256":"([0-9a-f]{64})","manifest":(\{.*\})\}\n', re.DOTALL)
 
@@ -55,7 +60,8 @@ class TreeEntry:
 
     structure: FileEntry
     tensor_file: FileEntry | None
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, TensorEntry] | None
+    """None: `<name>.json` lists them, as {"tensors": {...}, "tree": ...}."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,16 @@ def parse_step_name(name: str) -> tuple[int, bool] | None:
 def is_tree_name(name: object) -> bool:
     """Lower-case words that make a file name; `manifest` is taken."""
     return isinstance(name, str) and _TREE_NAME.fullmatch(name) is not None and name != "manifest"
+
+
+def tree_of_rank(rank: int) -> str:
+    """3 -> 'rank_00003'."""
+    return f"rank_{rank:05d}"
+
+
+def is_rank_tree(name: str) -> bool:
+    """Whether a tree holds what a single rank has, and lists its tensors itself."""
+    return _RANK_TREE.fullmatch(name) is not None
 
 
 def structure_file(tree: str) -> str:
@@ -125,7 +141,8 @@ def open_manifest(data: bytes, budget: ReadBudget | None = None) -> Manifest:
         raise ValueError(f"{MANIFEST_NAME} does not match its own SHA-256")
     body = parse_json(text, MANIFEST_NAME, budget=budget, trees=1)
     _need(body.get("format") == FORMAT, "format", body.get("format"), repr(FORMAT))
-    _need(body.get("version") == VERSION, "version", body.get("version"), f"{VERSION}; a newer fasttrain may read it")
+    _need(type(body.get("version")) is int and body["version"] in READABLE_VERSIONS, "version", body.get("version"),
+          f"one of {READABLE_VERSIONS}; a newer fasttrain may read it")
     keys = {"format", "version", "step", "parent_step", "libraries", "metadata", "trees"}
     _need(set(body) == keys, "the set of keys", sorted(body), f"{sorted(keys)}")
     step, parent, libraries, trees = body["step"], body["parent_step"], body["libraries"], body["trees"]
@@ -145,23 +162,37 @@ def tree_to_json(name: str, entry: TreeEntry) -> JSON:
     files = {structure_file(name): entry.structure}
     if entry.tensor_file is not None:
         files[tensor_file(name)] = entry.tensor_file
-    return {
-        "files": {file: {"size": item.size, "sha256": item.sha256} for file, item in files.items()},
-        "tensors": {key: [item.dtype, list(item.shape), item.checksum] for key, item in entry.tensors.items()},
-    }
+    table: JSON = {"files": {file: {"size": item.size, "sha256": item.sha256} for file, item in files.items()}}
+    if entry.tensors is not None:
+        table["tensors"] = tensors_to_json(entry.tensors)
+    return table
 
 
 def tree_from_json(name: str, entry: JSON) -> TreeEntry:
     """The inverse of `tree_to_json`; ValueError for anything of another form."""
     place = f"trees[{name!r}]"
-    _need(isinstance(entry, dict) and set(entry) == {"files", "tensors"}, place, entry, "a table of files and tensors")
-    files, tensors = entry["files"], entry["tensors"]
-    wanted = {structure_file(name), tensor_file(name)} if tensors else {structure_file(name)}
-    _need(isinstance(files, dict) and set(files) == wanted, f"{place} files", files, f"a table of {sorted(wanted)}")
-    _need(isinstance(tensors, dict), f"{place} tensors", tensors, "a table")
+    good = isinstance(entry, dict) and set(entry) - {"tensors"} == {"files"}
+    _need(good, place, entry, "a table of files and tensors")
+    listed = "tensors" in entry
+    _need(listed or is_rank_tree(name), place, entry, "a table of files and tensors; only a rank's tree lists its own")
+    files, tensors = entry["files"], entry.get("tensors")
+    both = {structure_file(name), tensor_file(name)}
+    wanted = [both if tensors else {structure_file(name)}] if listed else [both, {structure_file(name)}]
+    _need(isinstance(files, dict) and set(files) in wanted, f"{place} files", files, f"a table of {sorted(wanted[0])}")
     parsed = {file: _file_from_json(file, item) for file, item in files.items()}
     return TreeEntry(parsed[structure_file(name)], parsed.get(tensor_file(name)),
-                     {key: _tensor_from_json(key, item) for key, item in tensors.items()})
+                     tensors_from_json(tensors, place) if listed else None)
+
+
+def tensors_to_json(tensors: Mapping[str, TensorEntry]) -> JSON:
+    """{name: [dtype, shape, checksum]}."""
+    return {key: [item.dtype, list(item.shape), item.checksum] for key, item in tensors.items()}
+
+
+def tensors_from_json(tensors: JSON, place: str) -> dict[str, TensorEntry]:
+    """The inverse of `tensors_to_json`; ValueError for anything of another form."""
+    _need(isinstance(tensors, dict), f"{place} tensors", tensors, "a table")
+    return {key: _tensor_from_json(key, item) for key, item in tensors.items()}
 
 
 def _file_from_json(name: str, entry: JSON) -> FileEntry:

@@ -23,9 +23,9 @@ from torch import Tensor
 from .checkpointing import Snapshot, snapshot_trees, verify_checkpoint, write_snapshot
 from .config import TrainConfig
 from .distributed import ALONE, Team
-from .manifest import TreeEntry
+from .manifest import TreeEntry, is_rank_tree
 from .retention import prune_checkpoints
-from .shard_files import RANK_TREE, SharedSave
+from .shard_files import SharedSave
 from .state import TrainState
 from .storage import CheckpointSpaceError, free_bytes
 from .treefiles import describe, read_tree
@@ -239,7 +239,7 @@ def _read_back(directory: int, name: str, entry: TreeEntry) -> None:
 def _finite(snapshot: Snapshot) -> bool:
     """Whether every weight is finite (the sum of a tensor is not if one of its elements is not)."""
     _, weights = snapshot.trees.get("model", (b"", {}))
-    parts = (tensor for name, (_, tensors) in snapshot.trees.items() if name.startswith(RANK_TREE)
+    parts = (tensor for name, (_, tensors) in snapshot.trees.items() if is_rank_tree(name)
              for key, tensor in tensors.items() if key.startswith("parts/model/"))
     for tensor in (*weights.values(), *parts):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))) \

@@ -20,21 +20,13 @@ from typing import Any
 from torch import Tensor
 
 from .distributed import Team
-from .manifest import TreeEntry, tree_from_json, tree_to_json
+from .manifest import Manifest, TreeEntry, is_rank_tree, tree_from_json, tree_of_rank, tree_to_json
 from .shards import divided
 from .storage import open_directory
 from .treefiles import describe, write_trees
 from .utils import capture_rng
 
-RANK_TREE = "rank_"
-"""Names of the trees of single ranks begin with this."""
-
 _GRACE = 5.0  # seconds that a save still has once the training has failed
-
-
-def tree_of_rank(rank: int) -> str:
-    """3 -> 'rank_00003'."""
-    return f"{RANK_TREE}{rank:05d}"
 
 
 def trees_of_rank(trees: Mapping[str, Any], team: Team) -> dict[str, Any]:
@@ -46,13 +38,13 @@ def trees_of_rank(trees: Mapping[str, Any], team: Team) -> dict[str, Any]:
     return {**common, **own} if team.leads else own
 
 
-def generators_of(trees: Mapping[str, Any], team: Team) -> Any | None:
-    """The state of this rank's generators in a checkpoint's trees: rank 0's is that of a run of one process. None where
-    another number of ranks wrote it: the others' are then seeded anew."""
+def tree_of_generators(manifest: Manifest, team: Team) -> str | None:
+    """The tree whose "rng" is the state of this rank's generators; rank 0's is that of a run of one process, "rng"
+    itself. None where another number of ranks wrote the checkpoint: the others' are then seeded anew."""
     if team.leads:
-        return trees["rng"]
-    writers = sum(name.startswith(RANK_TREE) for name in trees)
-    return trees[tree_of_rank(team.rank)]["rng"] if writers == team.world_size else None
+        return "rng"
+    writers = sum(map(is_rank_tree, manifest.trees))
+    return tree_of_rank(team.rank) if writers == team.world_size else None
 
 
 class SharedSave:

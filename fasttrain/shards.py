@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(where it begins in the whole, its shape)"""
+
+Part = tuple[tuple[int, ...], Tensor]
+"""(where it begins in the whole, the part)"""
 
 # torch.distributed.tensor takes a second to import: only who has such tensors has it.
 
@@ -50,27 +53,38 @@ class Pieces:
 
     shape: torch.Size
     dtype: torch.dtype
-    pieces: Sequence[tuple[tuple[int, ...], Tensor]]
-    """(where it begins in the whole, the piece)"""
+    find: Callable[[Box], Iterable[Part]]
+    """The pieces that may reach into a box of the whole."""
 
     def cut(self, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A copy of one box of the whole. ValueError if the pieces do not cover it exactly once."""
         box = torch.empty(shape, dtype=self.dtype)
-        filled = 0
-        for begin, piece in self.pieces:
-            low = [max(a, b) for a, b in zip(start, begin)]
-            high = [min(a + m, b + n) for a, m, b, n in zip(start, shape, begin, piece.shape)]
-            if all(a < b for a, b in zip(low, high)):
-                target = box[tuple(slice(a - at, b - at) for a, b, at in zip(low, high, start))]
-                target.copy_(piece[tuple(slice(a - at, b - at) for a, b, at in zip(low, high, begin))])
-                filled += target.numel()
-        if filled != box.numel():
-            raise ValueError(f"a tensor of shape {tuple(self.shape)} is not whole in the checkpoint: {filled} of "
-                             f"{box.numel()} elements of the part at {start} are there")
+        filled = sum(_copied(part, box, start) for part in self.find((start, shape))) if box.numel() else 0
+        _check_filled(self.shape, filled, box.numel(), start)
         return box
 
     def whole(self) -> Tensor:
         return self.cut((0,) * len(self.shape), tuple(self.shape))
+
+
+def _copied(part: Part, box: Tensor, start: tuple[int, ...]) -> int:
+    """Copies what a part has of the box that begins at `start`; returns the number of elements."""
+    begin, piece = part
+    if len(begin) != box.dim() or piece.dim() != box.dim():
+        return 0
+    low = [max(a, b) for a, b in zip(start, begin)]
+    high = [min(a + m, b + n) for a, m, b, n in zip(start, box.shape, begin, piece.shape)]
+    if any(a >= b for a, b in zip(low, high)):
+        return 0
+    target = box[tuple(slice(a - at, b - at) for a, b, at in zip(low, high, start))]
+    target.copy_(piece[tuple(slice(a - at, b - at) for a, b, at in zip(low, high, begin))])
+    return target.numel()
+
+
+def _check_filled(shape: torch.Size, filled: int, wanted: int, start: tuple[int, ...]) -> None:
+    if filled != wanted:
+        raise ValueError(f"a tensor of shape {tuple(shape)} is not whole in the checkpoint: {filled} of {wanted} "
+                         f"elements of the part at {start} are there")
 
 
 def cut(whole: Tensor | Pieces, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -127,17 +141,26 @@ def gathered(tree: Any, keep: bool) -> Any:
     return type(tree)(gathered(value, keep) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
-def whole_tensors(tree: Any) -> Any:
-    """The tree with its `Pieces` put together."""
-    if isinstance(tree, Pieces):
-        return tree.whole()
-    if isinstance(tree, dict):
-        return {key: whole_tensors(value) for key, value in tree.items()}
-    return type(tree)(map(whole_tensors, tree)) if isinstance(tree, (list, tuple)) else tree
-
-
 _SPREAD = "spread over ranks"
-"""Key of what stands in a tree for a tensor whose parts are in others: {_SPREAD: shape, "dtype": name}."""
+"""Key of what stands in a tree for a tensor whose parts are in others: {_SPREAD: shape, "dtype": name, "rows": each
+rank's, or None where the parts do not lie in rows by rank}."""
+
+
+class Parts(Protocol):
+    """Where parts are found (rank_parts.py)."""
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """Those that wrote any, in order."""
+
+    def part(self, rank: int, place: str) -> Part | None:
+        """What a rank has of the tensor at a place."""
+
+    def all_of(self, rank: int) -> Iterable[tuple[str, Part]]:
+        """Everything that a rank has, by place."""
+
+    def reserve(self, num_bytes: int, place: str) -> None:
+        """Called before memory for a whole tensor is taken."""
 
 
 def divided(trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,30 +173,95 @@ def divided(trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             start, shape = box_of(value)
             if math.prod(shape) and _is_first_copy(value):
                 parts[place] = {"start": list(start), "part": local(value)}
-            return {_SPREAD: list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        if isinstance(value, dict):
-            return {key: walk(item, f"{place}/{key}") for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(walk(item, f"{place}/{index}") for index, item in enumerate(value))
-        return value
+            return {_SPREAD: list(value.shape), "dtype": str(value.dtype).removeprefix("torch."),
+                    "rows": _rows_per_rank(value)}
+        return _walked(value, place, walk)
 
     return {name: walk(tree, name) for name, tree in trees.items()}, parts
 
 
-def joined(trees: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], *, whole: bool) -> dict[str, Any]:
-    """The inverse of `divided`, from all ranks' parts: `Pieces` in place of the notes, or with `whole` the tensors."""
+def joined(trees: Mapping[str, Any], parts: Parts, *, whole: bool) -> dict[str, Any]:
+    """The inverse of `divided`: `Pieces` in place of the notes, which find parts when they are asked for, or with
+    `whole` the tensors, for which one rank's parts are read after the other's. ValueError for what `divided` could not
+    have written."""
+    notes = {place: note for name, tree in trees.items() for place, note in _notes(tree, name)}
+    found: dict[str, Any] = {place: note.pieces(parts, place) for place, note in notes.items()}
+    if whole:
+        found = {}
+        filled = dict.fromkeys(notes, 0)
+        for rank in parts.ranks:
+            for place, part in parts.all_of(rank):
+                if place in notes:
+                    if place not in found:
+                        parts.reserve(math.prod(notes[place].shape) * notes[place].dtype.itemsize, place)
+                        found[place] = torch.empty(notes[place].shape, dtype=notes[place].dtype)
+                    filled[place] += _copied(part, found[place], (0,) * len(notes[place].shape))
+        for place, note in notes.items():
+            _check_filled(note.shape, filled[place], math.prod(note.shape), (0,) * len(note.shape))
+            found.setdefault(place, torch.empty(note.shape, dtype=note.dtype))  # one without elements
+
     def walk(value: Any, place: str) -> Any:
-        if isinstance(value, dict) and _SPREAD in value:
-            own = [(tuple(part[place]["start"]), part[place]["part"]) for part in parts if place in part]
-            found = Pieces(torch.Size(value[_SPREAD]), getattr(torch, value["dtype"]), own)
-            return found.whole() if whole else found
-        if isinstance(value, dict):
-            return {key: walk(item, f"{place}/{key}") for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(walk(item, f"{place}/{index}") for index, item in enumerate(value))
-        return value
+        return found[place] if place in notes else _walked(value, place, walk)
 
     return {name: walk(tree, name) for name, tree in trees.items()}
+
+
+class _Note(NamedTuple):
+    """What stands for a spread tensor, read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    rows: int | None
+
+    def pieces(self, parts: Parts, place: str) -> Pieces:
+        def find(box: Box) -> Iterator[Part]:
+            start, shape = box
+            ranks: Iterable[int] = parts.ranks
+            if self.rows is not None:
+                last = (start[0] + shape[0] - 1) // self.rows
+                ranks = range(start[0] // self.rows, min(last, max(parts.ranks)) + 1)
+            pieces = (parts.part(rank, place) for rank in ranks)
+            return (piece for piece in pieces if piece is not None)
+
+        return Pieces(self.shape, self.dtype, find)
+
+
+def _notes(value: Any, place: str) -> Iterator[tuple[str, _Note]]:
+    if isinstance(value, dict) and _SPREAD in value:
+        shape, dtype, rows = value[_SPREAD], getattr(torch, str(value.get("dtype")), None), value.get("rows")
+        good = (isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**53 for size in shape)
+                and isinstance(dtype, torch.dtype)
+                and (rows is None or (type(rows) is int and rows > 0 and len(shape) > 0)))
+        if not good:
+            raise ValueError(f"{place[:80]!a} is {ascii(value)[:200]}, which describes no tensor")
+        yield place, _Note(torch.Size(shape), cast(torch.dtype, dtype), rows)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _notes(item, f"{place}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _notes(item, f"{place}/{index}")
+
+
+def _walked(value: Any, place: str, walk: Callable[[Any, str], Any]) -> Any:
+    """The value with `walk(item, its place)` for each item of a dict, list or tuple."""
+    if isinstance(value, dict):
+        return {key: walk(item, f"{place}/{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(walk(item, f"{place}/{index}") for index, item in enumerate(value))
+    return value
+
+
+def _rows_per_rank(tensor: Any) -> int | None:
+    """How many rows each of the ranks 0, 1, 2, ... holds, the last ones fewer or none; None for another layout."""
+    from torch.distributed.tensor import Shard
+
+    mesh, (*copied, last) = tensor.device_mesh, tensor.placements
+    ranks = mesh.mesh.reshape(-1, mesh.size(-1))[0]
+    if type(last) is not Shard or last.dim != 0 or any(place.is_shard() or place.is_partial() for place in copied) \
+            or not torch.equal(ranks, torch.arange(len(ranks), dtype=ranks.dtype)):
+        return None
+    return max(1, -(-int(tensor.shape[0]) // len(ranks)))
 
 
 def _is_first_copy(tensor: Any) -> bool:

@@ -230,7 +230,7 @@ class TrainState:
                 part.load_state_dict(training[name])
         self.counters = Counters(**training["counters"])
         self._restore_window(module, trees.get("window"), training)
-        self._restore_callbacks(training["callbacks"])
+        self._restore_callbacks(training["callbacks"], dict(module.named_parameters()))
         self.stream.load_state_dict(training["stream"])
         restore_rng(trees["rng"])  # last: replaying a loader draws from the global generators
 
@@ -251,15 +251,26 @@ class TrainState:
             self.window.loss_sum = window["loss_sum"].to(device, copy=True) * counts
             self.window.num_targets = window["num_targets"].to(device, copy=True) * counts
 
-    def _restore_callbacks(self, saved: Sequence[Sequence[Any]]) -> None:
+    def _restore_callbacks(self, saved: Sequence[Sequence[Any]], parameters: Mapping[str, Tensor]) -> None:
         """By class name and occurrence, so that adding or removing one callback leaves the others' state alone."""
         waiting = list(saved)
         for callback in self.callbacks:
             for entry in waiting:
                 if entry[0] == type(callback).__name__:
-                    callback.load_state_dict(entry[1])
+                    callback.load_state_dict(placed_like(entry[1], parameters))
                     waiting.remove(entry)
                     break
+
+
+def placed_like(tree: Any, parameters: Mapping[str, Tensor], name: str = "") -> Any:
+    """The tree with tensors for its `Pieces`: one that has a parameter's name and shape is spread like it, and any
+    other is whole."""
+    if isinstance(tree, Pieces):
+        like = parameters.get(name)
+        return tree.whole() if like is None or like.shape != tree.shape else part_like(tree, like)
+    if isinstance(tree, dict):
+        return {key: placed_like(value, parameters, str(key)) for key, value in tree.items()}
+    return type(tree)(placed_like(value, parameters) for value in tree) if isinstance(tree, (list, tuple)) else tree
 
 
 def load_model(module: nn.Module, tree: Mapping[str, Tensor | Pieces]) -> None:

@@ -26,7 +26,7 @@ from .amp import choose_policy
 from .averaging import averaged_weights
 from .batch_stream import BatchStream, peek_batches
 from .callbacks import Hooks, Run
-from .checkpointing import latest_checkpoint, list_checkpoints, load_checkpoint, read_manifest
+from .checkpointing import list_checkpoints, load_checkpoint, read_manifest
 from .config import TrainConfig, load_config
 from .distributed import ALONE, join
 from .evaluation import EvalResult, Pieces, evaluate
@@ -285,10 +285,7 @@ class Trainer:
         return state
 
     def _newest(self, root: Path | None) -> Path | None:
-        """The newest good checkpoint, as rank 0 finds it."""
-        found = None if root is None or not self.team.leads else latest_checkpoint(root, log=self.progress.log)
-        name = self.team.tell("" if found is None else found.name)
-        return root / name if root is not None and name else None
+        return None if root is None else assembly.newest_checkpoint(root, self.team, log=self.progress.log)
 
     def _restore(self, state: TrainState, path: Path) -> None:
         metadata = read_manifest(path).metadata

@@ -1,6 +1,7 @@
 """One tree's two files in a checkpoint directory: written and hashed in one pass, verified and mapped in another.
 
-`<name>.json` holds the plain data with a reference where a tensor stands, `<name>.safetensors` the tensors.
+`<name>.json` holds the plain data with a reference where a tensor stands, `<name>.safetensors` the tensors. What each
+tensor is stands in the manifest, and for the tree of a single rank in its JSON, which is then written last.
 Deliberately left out: when a checkpoint counts as complete, and which to use (checkpointing.py).
 """
 
@@ -15,7 +16,16 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from fasttrain.manifest import FileEntry, TensorEntry, TreeEntry, structure_file, tensor_file
+from fasttrain.manifest import (
+    FileEntry,
+    TensorEntry,
+    TreeEntry,
+    is_rank_tree,
+    structure_file,
+    tensor_file,
+    tensors_from_json,
+    tensors_to_json,
+)
 from fasttrain.storage import CHUNK, checksum, checksum_range, hash_range, open_regular, read_all, write_file
 from fasttrain.tensorfile import (
     TENSOR_BYTES,
@@ -26,7 +36,7 @@ from fasttrain.tensorfile import (
     parse_header,
     tensor_bytes,
 )
-from fasttrain.trees import MAX_JSON_BYTES, ReadBudget, Tree, parse_json, unflatten_tree
+from fasttrain.trees import JSON, MAX_JSON_BYTES, ReadBudget, Tree, dump_json, parse_json, unflatten_tree
 
 PARALLEL_BYTES = 8 * 2**20
 
@@ -39,7 +49,7 @@ def write_trees(directory: int, trees: Mapping[str, tuple[bytes, Mapping[str, Te
     The small files go before: an fsync beside a large file in the making waits for that file's blocks, too.
     """
     structures = {name: FileEntry(*write_file(directory, structure_file(name), [text]))
-                  for name, (text, _) in trees.items()}
+                  for name, (text, _) in trees.items() if not is_rank_tree(name)}
     sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, (_, tensors) in trees.items() if tensors}
     tables: dict[str, tuple[FileEntry, dict[str, TensorEntry]]] = {}
     errors: list[BaseException] = []
@@ -63,7 +73,20 @@ def write_trees(directory: int, trees: Mapping[str, tuple[bytes, Mapping[str, Te
             thread.join()
     if errors:
         raise errors[0]
-    return {name: TreeEntry(structures[name], *(tables[name] if name in sizes else (None, {}))) for name in trees}
+    entries = {}
+    for name, (text, _) in trees.items():
+        file, tensors = tables.get(name, (None, {}))
+        if is_rank_tree(name):
+            written = write_file(directory, structure_file(name), [with_listing(text, tensors)])
+            entries[name] = TreeEntry(FileEntry(*written), file, None)
+        else:
+            entries[name] = TreeEntry(structures[name], file, tensors)
+    return entries
+
+
+def with_listing(text: bytes, tensors: Mapping[str, TensorEntry]) -> bytes:
+    """A tree's JSON together with the list of its tensors."""
+    return b'{"tensors":%s,"tree":%s}' % (dump_json(tensors_to_json(tensors)), text)
 
 
 def write_tensors(directory: int, name: str, tensors: Mapping[str, Tensor],
@@ -91,8 +114,10 @@ def write_tensors(directory: int, name: str, tensors: Mapping[str, Tensor],
 
 def take_tree(budget: ReadBudget, name: str, text: bytes, tensors: Mapping[str, Tensor]) -> None:
     """Takes from `budget` what `read_tree` would: a tree that could not be read back raises ValueError."""
-    parse_json(text, f"tree {name!r}", budget=budget, trees=1)
     header, specs = layout(tensors, f"tree {name!r}")
+    if is_rank_tree(name):
+        text = with_listing(text, {key: TensorEntry(spec.dtype, spec.shape, "0" * 16) for key, spec in specs.items()})
+    parse_json(text, f"tree {name!r}", budget=budget, trees=1)
     budget.take_text(header[8:], f"tree {name!r}: header")
     budget.take(len(specs) * TENSOR_BYTES, f"tree {name!r}")
 
@@ -102,8 +127,21 @@ def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *
     """The tree `name` once its files are those that `entry` describes; ValueError or OSError says which is not.
 
     Hashing, header and mapping use one descriptor, so the file that was verified is the file that is used. Without
-    `hashed` the tensors' bytes are not read: for a rank, once rank 0 has verified them.
+    `hashed` the tensors' bytes are not read: for a rank, once another has verified them.
     """
+    structure, listed = read_structure(directory, name, entry, budget)
+    if entry.tensor_file is None:
+        return unflatten_tree(structure, {}, name)
+    file = tensor_file(name)
+    with naming_file(file), open_regular(directory, file) as descriptor:
+        specs = read_specs(descriptor, entry.tensor_file, listed, budget, from_disk=from_disk, hashed=hashed)
+        tensors = dict(map_tensors(descriptor, specs, budget))
+    return unflatten_tree(structure, tensors, name)
+
+
+def read_structure(directory: int, name: str, entry: TreeEntry, budget: ReadBudget) -> tuple[
+        JSON, Mapping[str, TensorEntry]]:
+    """(a tree's plain data, what its tensors are), always verified."""
     file = structure_file(name)
     with naming_file(file), open_regular(directory, file) as descriptor:
         _check_size(descriptor, entry.structure)
@@ -111,21 +149,27 @@ def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *
         if hashlib.sha256(text).hexdigest() != entry.structure.sha256:
             raise ValueError("its SHA-256 is not the manifest's")
     structure = parse_json(text, file, budget=budget, trees=1)
-    if entry.tensor_file is None:
-        return unflatten_tree(structure, {}, name)
-    file = tensor_file(name)
-    with naming_file(file), open_regular(directory, file) as descriptor:
-        _check_size(descriptor, entry.tensor_file)
-        if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        if hashed and hash_range(descriptor, 0, entry.tensor_file.size) != entry.tensor_file.sha256:
-            raise ValueError(f"its SHA-256 is not the manifest's; {_locate_damage(descriptor, entry, budget)}")
-        specs = read_header(descriptor, entry.tensor_file.size, budget)
-        listed = {key: (item.dtype, item.shape) for key, item in entry.tensors.items()}
-        if {key: (spec.dtype, spec.shape) for key, spec in specs.items()} != listed:
-            raise ValueError("its tensors are not those that the manifest lists")
-        tensors = dict(map_tensors(descriptor, specs, budget))
-    return unflatten_tree(structure, tensors, name)
+    if entry.tensors is not None:
+        return structure, entry.tensors
+    with naming_file(file):
+        if not isinstance(structure, dict) or set(structure) != {"tensors", "tree"}:
+            raise ValueError("it is not a table of tensors and a tree")
+        return structure["tree"], tensors_from_json(structure["tensors"], file)
+
+
+def read_specs(descriptor: int, entry: FileEntry, listed: Mapping[str, TensorEntry], budget: ReadBudget, *,
+               from_disk: bool = False, hashed: bool = True) -> dict[str, TensorSpec]:
+    """Where the tensors lie in an open file, once it is the one that `entry` and `listed` describe."""
+    _check_size(descriptor, entry)
+    if from_disk and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    if hashed and hash_range(descriptor, 0, entry.size) != entry.sha256:
+        raise ValueError(f"its SHA-256 is not the manifest's; {_locate_damage(descriptor, listed, budget)}")
+    specs = read_header(descriptor, entry.size, budget)
+    if {key: (spec.dtype, spec.shape) for key, spec in specs.items()} != {
+            key: (item.dtype, item.shape) for key, item in listed.items()}:
+        raise ValueError("its tensors are not those that are listed for it")
+    return specs
 
 
 def read_header(descriptor: int, size: int, budget: ReadBudget) -> dict[str, TensorSpec]:
@@ -134,13 +178,13 @@ def read_header(descriptor: int, size: int, budget: ReadBudget) -> dict[str, Ten
     return parse_header(os.pread(descriptor, 8 + length, 0), size, "header", budget)
 
 
-def _locate_damage(descriptor: int, entry: TreeEntry, budget: ReadBudget) -> str:
+def _locate_damage(descriptor: int, listed: Mapping[str, TensorEntry], budget: ReadBudget) -> str:
     try:
         specs = read_header(descriptor, os.fstat(descriptor).st_size, budget)
     except ValueError as error:
         return str(error)
     bad = [key for key, spec in specs.items()
-           if key not in entry.tensors or not _same_bytes(descriptor, spec, entry.tensors[key])]
+           if key not in listed or not _same_bytes(descriptor, spec, listed[key])]
     return f"damaged: tensor {', '.join(map(repr, bad[:5]))} ({len(bad)} in all)" if bad else "damaged: its header"
 
 

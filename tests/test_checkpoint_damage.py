@@ -568,7 +568,9 @@ HOSTILE_MANIFESTS: dict[str, Damage] = {
     "second line": lambda path: (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes() + b"x\n"),
     "upper-case hash": lambda path: (path / "manifest.json").write_bytes(
         (data := (path / "manifest.json").read_bytes())[:11] + data[11:75].upper() + data[75:]),
-    "newer version": manifest_edit(lambda body: body.__setitem__("version", 3)),
+    "newer version": manifest_edit(lambda body: body.__setitem__("version", 4)),
+    "older version": manifest_edit(lambda body: body.__setitem__("version", 1)),
+    "a tree that would list its own tensors": manifest_edit(lambda body: body["trees"]["model"].pop("tensors")),
     "version is true": manifest_edit(lambda body: body.__setitem__("version", "1")),
     "other format": manifest_edit(lambda body: body.__setitem__("format", "pickle")),
     "extra key": manifest_edit(lambda body: body.__setitem__("loader", "os.system")),

@@ -67,7 +67,7 @@ LEVELS = [
         "speculation",
         "vocab_parallel",
     },
-    {"beam_search", "replicas", "shard_files"},
+    {"beam_search", "rank_parts", "replicas", "shard_files"},
     {"generation_loop"},
     {
         "averaging",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from fasttrain.checkpointing import list_checkpoints, load_checkpoint, read_manifest, verify_checkpoint
 from fasttrain.shards import Pieces
+from fasttrain.verification import first_difference
 
 
 def linked(folder: Path, world_size: int, parallel: str, steps: int) -> tuple[dict[str, Tensor], list[int]]:
@@ -104,8 +108,36 @@ def test_a_part_that_is_damaged_or_gone_is_never_used(written: Path, tmp_path: P
     assert "rank_00001" in verify_checkpoint(newest)[0]
 
 
+def to_version_2(path: Path) -> None:
+    """Rewrites a checkpoint as it was before the trees of ranks listed their tensors themselves."""
+    body = json.loads((path / "manifest.json").read_bytes())["manifest"]
+    body["version"] = 2
+    for name, entry in body["trees"].items():
+        file = path / f"{name}.json"
+        structure = json.loads(file.read_bytes())
+        if name.startswith("rank_"):
+            entry["tensors"], structure = structure["tensors"], structure["tree"]
+        text = re.sub(r',"rows":\d+', "", json.dumps(structure, separators=(",", ":"))).encode()
+        file.write_bytes(text)
+        entry["files"][file.name] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    text = json.dumps(body, separators=(",", ":")).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    (path / "manifest.json").write_bytes(b'{"sha256":"%s","manifest":%s}\n' % (digest, text))
+
+
+def test_a_checkpoint_of_the_format_before_still_loads(written: Path, tmp_path: Path) -> None:
+    newest = list_checkpoints(written / "straight-fsdp")[-1]
+    old = shutil.copytree(newest, tmp_path / newest.name)
+    to_version_2(old)
+    assert verify_checkpoint(old) == [] and "rows" not in (old / "model.json").read_text()
+    wanted, got = load_checkpoint(newest), load_checkpoint(old)
+    assert first_difference(wanted, got) == "" and wanted["model"]
+    pieces = load_checkpoint(old, ["model"], whole=False)["model"]
+    assert all(pieces[name].whole().equal(tensor) for name, tensor in wanted["model"].items())
+
+
 def test_a_checkpoint_that_lacks_a_part_of_a_tensor_says_so() -> None:
-    half = Pieces(torch.Size([4, 2]), torch.float32, [((0, 0), torch.ones(2, 2))])
+    half = Pieces(torch.Size([4, 2]), torch.float32, lambda box: [((0, 0), torch.ones(2, 2))])
     with pytest.raises(ValueError, match="4 of 8 elements"):
         half.whole()
     assert half.cut((1, 0), (1, 2)).equal(torch.ones(1, 2))

@@ -47,8 +47,8 @@ MUTANTS = [
     Mutant(
         "no hash check of tensors",
         "treefiles.py",
-        "if hashed and hash_range(descriptor, 0, entry.tensor_file.size) != ",
-        "if False and hash_range(descriptor, 0, entry.tensor_file.size) != ",
+        "if hashed and hash_range(descriptor, 0, entry.size) != ",
+        "if False and hash_range(descriptor, 0, entry.size) != ",
     ),
     Mutant(
         "no hash check of plain data",
