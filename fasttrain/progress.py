@@ -25,6 +25,7 @@ from .utils import format_bytes, format_count, format_duration
 
 _SMOOTHING = 0.9
 _REDRAW_SECONDS = 0.25
+_BEHIND = 0.1  # a rank that computes this share longer than the median one is named
 
 
 class Progress(Callback):
@@ -125,6 +126,8 @@ class Progress(Callback):
             told = record["communication_seconds"] - before["communication_seconds"]
             figures["each rank"] = f"{format_count(round(rate / ranks))} tok/s"
             figures["communication"] = f"{told / seconds:.0%}"
+            if record.get("slowest_rank_behind", 0.0) >= _BEHIND:
+                figures["waiting for"] = f"rank {record['slowest_rank']} (+{record['slowest_rank_behind']:.0%})"
         flops, peak = (self._run.flops_per_token, self._run.peak_flops) if self._run is not None else (None, None)
         if flops and peak:
             figures["use"] = f"{rate * flops / peak[0] / ranks:.0%} {peak[1]}"

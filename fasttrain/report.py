@@ -13,6 +13,8 @@ import io
 import json
 import math
 import re
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,8 +207,23 @@ def _ledger(runs: Sequence[RunFiles]) -> str:
                          f"{phase.replace('_', ' ')} <b>{seconds / total:.1%}</b> {format_duration(seconds)}</li>"
                          for phase, seconds in ordered)
         parts.append(f"<h3>{html.escape(run.name)}</h3><div class='bar'>{bar}</div><ul class='legend'>{legend}</ul>"
-                     f"<p class='verdict'>{html.escape(time_verdict(phases))}</p>")
+                     f"<p class='verdict'>{html.escape(time_verdict(phases))}</p>{_ranks(run)}")
     return _section("Where the time went", "".join(parts) or "<p>No record yet.</p>")
+
+
+def _ranks(run: RunFiles) -> str:
+    """What the last record says of each rank, and whom the others waited for over all of them."""
+    records = [record for record in run.records if record["kind"] == "train" and record.get("rank_numbers")]
+    if not records:
+        return ""
+    last = records[-1]
+    rows = [[f"{rank:,}", f"{rate:,.0f}", f"{share:.1%}"] for rank, rate, share in zip(
+        last["rank_numbers"], last["rank_tokens_per_second"], last["rank_communication_share"])]
+    slowest, times = Counter(record["slowest_rank"] for record in records).most_common(1)[0]
+    behind = statistics.median(record["slowest_rank_behind"] for record in records if record["slowest_rank"] == slowest)
+    return (_table(["rank", "tokens/s (last record)", "in communication"], rows)
+            + f"<p class='verdict'>the others waited most for rank {slowest}: in {times} of {len(records)} records, "
+              f"where it computed {behind:.0%} longer than the median rank</p>")
 
 
 def _events(runs: Sequence[RunFiles]) -> str:

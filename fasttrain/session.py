@@ -22,6 +22,7 @@ from .distributed import Team
 from .evaluation import EvalResult
 from .memory_bound import MemoryBound
 from .progress import Progress
+from .rank_pace import RankPace
 from .replicas import Spread
 from .saver import CheckpointSaver
 from .shard_files import trees_of_rank
@@ -64,6 +65,7 @@ class Session:
                        or getattr(callback, "collective", False)]
         self.hooks = Hooks(taking_part, log=self.progress.log)
         self.agreement = Agreement(team, self.interruption, self.clock)
+        self.pace = RankPace(team)
 
     def run(self, describe: Callable[[Callable[[str, Mapping[str, Any]], None]], Run]) -> str:
         """Trains, and returns how it ended. `describe(report)` says what callbacks are told at the start."""
@@ -100,10 +102,13 @@ class Session:
             interrupted=interruption.__bool__ if alone else self.agreement.__bool__,
             rewind=None if self.root is None else self._rewind)
         return parts if alone else dataclasses.replace(
-            parts, agree=self.agreement.agree, reduce=self._reduce, norm=self.spread.norm)
+            parts, agree=self.agreement.agree, reduce=self._reduce, norm=self.spread.norm,
+            figures=self.pace.figures)
 
     def _reduce(self, state: TrainState) -> None:
         self.clock.mark("forward_backward")
+        assert state.window.num_targets is not None
+        self.pace.count(state.window.num_targets)  # this rank's; afterwards it is that of all
         self.spread.reduce(state)
         self.clock.mark("communication")
 

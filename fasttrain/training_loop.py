@@ -49,6 +49,10 @@ def _nothing(state: TrainState) -> None:
     """What one process has to agree on with others."""
 
 
+def _no_figures() -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Parts:
     """The functions that a loop is assembled from; every default is the plain choice."""
@@ -69,6 +73,8 @@ class Parts:
     """Makes requests, the wish to stop, signals and the time the same on all ranks; called after each step."""
     reduce: Callable[[TrainState], None] = _nothing
     """Makes the window's loss, number of targets and gradients those of all ranks."""
+    figures: Callable[[], dict[str, Any]] = _no_figures
+    """What a record says of the single ranks; called at each record, on all of them."""
     norm: Callable[[list[Tensor]], Tensor] = global_norm
     """The 2-norm of all gradients, for optimizers that do not compute it themselves."""
 
@@ -323,6 +329,7 @@ def log(state: TrainState, config: TrainConfig, parts: Parts) -> None:
         "phase_seconds": dict(clock.seconds),
         "ranks": state.team.world_size,
         "communication_seconds": state.team.seconds,
+        **parts.figures(),
     }
     counters.interval_loss, counters.interval_targets, counters.interval_nonfinite = 0.0, 0, 0
     parts.hooks.fire("on_log", state, record)

@@ -82,6 +82,7 @@ LEVELS = [
         "optimizations",
         "profiling",
         "progress",
+        "rank_pace",
         "scoring",
         "spikes",
     },

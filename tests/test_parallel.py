@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 from tiny_runs import one_thread, plain_loader, tiny_trainer, token_loader  # noqa: F401
 
 from fasttrain.batch_stream import BatchStream
+from fasttrain.callbacks import read_records
 from fasttrain.dealing import is_blank
+from fasttrain.rank_pace import RankPace
+from fasttrain.report import RunFiles, _ledger
 from fasttrain.utils import capture_rng, restore_rng
 
 TWO = [f"{name}-{parallel}" for parallel in ("ddp", "fsdp")
@@ -32,7 +35,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     for world_size, names in ((2, TWO), (4, FOUR)):
         (folder / str(world_size)).mkdir()
-        finish(start(world_size, folder / str(world_size), *names))
+        more = ["paced-ddp"] if world_size == 2 else []
+        finish(start(world_size, folder / str(world_size), *names, *more))
     return folder
 
 
@@ -70,6 +74,35 @@ def test_a_signal_to_one_rank_ends_all_at_that_step(results: Path) -> None:
 
 def test_a_step_that_is_infinite_on_one_rank_is_skipped_on_all(results: Path) -> None:
     assert load_file(results / "2" / "nonfinite-fsdp.safetensors")["figures"][4] > 0
+
+
+def test_records_tell_each_ranks_pace_and_name_the_one_that_the_others_wait_for(results: Path) -> None:
+    every = read_records(results / "2" / "paced" / "metrics.jsonl")
+    records = [record for record in every if record["kind"] == "train"]
+    assert len(records) == 2
+    for before, record in zip([{"tokens": 0}, *records], records):
+        assert record["slowest_rank"] == 1 and record["slowest_rank_behind"] > 0.1
+        shares, rates = record["rank_communication_share"], record["rank_tokens_per_second"]
+        assert record["rank_numbers"] == [0, 1] and 1.0 > shares[0] > shares[1] + 0.2 > 0.2
+        assert rates[0] == pytest.approx(rates[1], rel=0.2)
+        tokens = record["tokens"] - before["tokens"]
+        assert 0.06 < tokens / sum(rates) < 60  # seconds: of two steps with two sleeps each
+    assert "waiting for rank 1 (+" in (results / "2" / "paced.txt").read_text()
+    ledger = _ledger([RunFiles("run", records)])
+    assert "the others waited most for rank 1: in 2 of 2 records" in ledger and "in communication" in ledger
+
+
+def test_a_record_of_many_ranks_names_the_slowest_ones() -> None:
+    class Heard:
+        rank, world_size, seconds = 0, 100, 0.0
+
+        def add(self, values: list[float]) -> list[float]:
+            return [number for rank in range(100) for number in (10.0, 2.0, 1.0 if rank != 70 else 0.5)]
+
+    figures = RankPace(Heard()).figures()  # type: ignore[arg-type]
+    assert figures["slowest_rank"] == figures["rank_numbers"][0] == 70 and figures["slowest_rank_behind"] == 0.5
+    assert len(figures["rank_numbers"]) == len(figures["rank_tokens_per_second"]) == 64
+    assert figures["rank_tokens_per_second"][0] == 5.0 and figures["rank_communication_share"][0] == 0.25
 
 
 def test_a_model_on_the_meta_device_gets_the_weights_of_its_own_initialisation() -> None:
