@@ -103,10 +103,19 @@ class Team:
         """Each tensor becomes its sum over all ranks, in place; they are on the way at the same time."""
         if self.is_alone or not tensors:
             return
+        for work in [self.start_sum(tensor, place) for tensor in tensors]:
+            self.finish(work, place)
+
+    def start_sum(self, tensor: Tensor, place: str) -> Any:
+        """Begins to sum a tensor over all ranks, in place: it holds the sum after `finish` of what this returns."""
         with self.calling(place):
-            self.bytes += sum(tensor.nbytes for tensor in tensors)
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+            self.bytes += tensor.nbytes
+            return dist.all_reduce(tensor, async_op=True)
+
+    def finish(self, work: Any, place: str) -> None:
+        """Waits for what `start_sum` began (on a GPU: makes the device wait)."""
+        with self.calling(place):
+            work.wait()
 
     def sum_within(self, tensor: Tensor, group: Any) -> None:
         """The same for one tensor and the ranks of a device mesh's group."""

@@ -1,6 +1,6 @@
 """How a model is spread over the ranks of a Team: `TrainConfig.parallel` decided and carried out.
 
-    ddp     every rank holds the whole model; gradients are summed once a step (replicas.py).
+    ddp     every rank holds the whole model; gradients are summed once a step, behind the backward (replicas.py).
     fsdp    each rank holds rows of every parameter, gradient and moment; a block's parameters are gathered before it
             runs, and its gradients summed into their rows behind it (sharding.py).
     hsdp    fsdp among the processes of a machine, with a copy on each machine.
@@ -41,7 +41,7 @@ def spread_model(model: nn.Module, config: TrainConfig, team: Team,
     if name in ("none", "ddp"):
         if is_on_meta(model):
             materialise(unwrap(model), team.device, config.seed)
-        spread = spread if name == "none" else Replicas(team, model)
+        spread = spread if name == "none" else Replicas(team, model, config.grad_accum_steps)
         if optimizer is not None:
             repointed(optimizer, before, model)
         return spread, how

@@ -1,14 +1,15 @@
 """What a training step needs of several processes, and ddp: the same model on every rank, its gradients summed once.
 
 Gradients are those of *summed* losses, added over ranks and never averaged: a step divides once by the number of
-targets of all ranks, so N ranks compute what one does in N micro-batches. DDP's wrapper is not used: it divides by the
-number of ranks, has to know the last micro-batch before its backward, and fails where a rank has no batch or a
-parameter no gradient. Left out: parameters that are spread (sharding.py), and the choice (parallel.py).
+targets of all ranks, so N ranks compute what one does in N micro-batches. They travel during the last micro-batch's
+backward (gradient_buckets.py). DDP's wrapper is not used: it divides by the number of ranks, takes the head whose
+weight goes into the loss for unused, and cannot do a backward again that ran out of memory half-way.
+Left out: parameters that are spread (sharding.py), and the choice (parallel.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,16 +17,11 @@ from torch import Tensor, nn
 
 from .dealing import BLANK, is_blank
 from .distributed import Team
+from .gradient_buckets import GradientBuckets
 from .losses import LossFunction
 from .ops.adamw import global_norm
 from .state import TrainState, Window
 from .utils import unwrap
-
-BUCKET_BYTES = 32 * 2**20
-"""Gradients are summed in pieces of about this size: large enough for the network's full rate."""
-
-_ALIGNMENT = 64  # elements: every gradient begins on a cache line of its bucket
-
 
 class Spread(Protocol):
     """What differs between one process and several."""
@@ -71,59 +67,40 @@ class Whole:
 
 
 class Replicas(Whole):
-    """ddp: the same model on every rank, from rank 0's weights."""
+    """ddp: the same model on every rank, from rank 0's weights.
+
+    Args:
+        accumulated: micro-batches of a step; gradients are sent in the backward of the last.
+        overlap: False: sent after it.
+    """
 
     name = "ddp"
 
-    def __init__(self, team: Team, model: nn.Module) -> None:
-        self._team = team
+    def __init__(self, team: Team, model: nn.Module, accumulated: int, overlap: bool = True) -> None:
+        self._team, self._accumulated = team, accumulated
         share_weights(team, model)
+        self._buckets = GradientBuckets(team, unwrap(model).parameters(), overlap)
+        self._state: TrainState | None = None
 
     def loss(self, inner: LossFunction, *, alone: bool = False) -> LossFunction:
-        return lambda model, batch: loss_of(inner, model, batch)
+        def loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+            self._buckets.unwatch()
+            sums, state = loss_of(inner, model, batch), self._state
+            if not alone and state is not None and state.window.is_last_pass(self._accumulated):
+                self._buckets.watch(state.counters.num_pieces)
+            return sums
+
+        return loss
+
+    def begin(self, state: TrainState) -> None:
+        self._state = state
 
     def reduce(self, state: TrainState) -> None:
-        parameters = [p for p in unwrap(state.model).parameters() if p.requires_grad]
-        sum_window(self._team, state.window)
-        counts = self._team.add([float(p.grad is not None) for p in parameters])
-        used = [p for p, count in zip(parameters, counts) if count]
-        for p in used:
-            if p.grad is None:  # another rank's batch reached it, ours did not
-                p.grad = torch.zeros_like(p)
-            if p.grad.is_sparse:
-                raise ValueError("a parameter has a sparse gradient; use dense ones (Embedding(sparse=False))")
-        sum_gradients(self._team, used)
-
-
-def sum_gradients(team: Team, parameters: Sequence[Tensor]) -> None:
-    """Every `.grad` becomes its sum over all ranks; afterwards those of a bucket are views of one tensor."""
-    buckets: list[list[Tensor]] = []
-    kind, room = None, 0
-    for p in parameters:
-        grad = p.grad
-        assert grad is not None
-        if grad.dtype != kind or grad.nbytes > room:
-            kind, room = grad.dtype, BUCKET_BYTES
-            buckets.append([])
-        buckets[-1].append(p)
-        room -= grad.nbytes
-    flats = [_flattened(bucket) for bucket in buckets]
-    team.sum_tensors(flats, "summing gradients")
-
-
-def _flattened(parameters: Sequence[Tensor]) -> Tensor:
-    """One tensor of which the parameters' gradients are views from now on; a single one that is contiguous is taken as
-    it is."""
-    grads: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
-    if len(grads) == 1 and grads[0].is_contiguous():
-        return grads[0]
-    sizes = [-(-grad.numel() // _ALIGNMENT) * _ALIGNMENT for grad in grads]
-    flat, start = grads[0].new_zeros(sum(sizes)), 0
-    for p, grad, size in zip(parameters, grads, sizes):
-        view = flat[start:start + grad.numel()].view(grad.shape)
-        view.copy_(grad)
-        p.grad, start = view, start + size
-    return flat
+        window, buckets = state.window, self._buckets
+        most_targets, *counts = self._team.add([window.most_targets, *buckets.used()])
+        buckets.send_rest(counts)
+        sum_losses(self._team, window, int(most_targets))
+        buckets.receive(counts)
 
 
 def share_weights(team: Team, model: nn.Module) -> None:
@@ -138,11 +115,11 @@ def loss_of(inner: LossFunction, model: nn.Module, batch: Any) -> tuple[Tensor, 
     return loss_sum * 0.0, num_targets * 0
 
 
-def sum_window(team: Team, window: Window) -> None:
-    """Loss and targets over all ranks, without a wait for the device; and how many targets there can be at most."""
+def sum_losses(team: Team, window: Window, most_targets: int) -> None:
+    """Loss and targets over all ranks, without a wait for the device. `most_targets`: the ranks' upper bounds' sum."""
     loss_sum, num_targets = window.loss_sum, window.num_targets
     assert loss_sum is not None and num_targets is not None
     sums = torch.stack([loss_sum.double(), num_targets.double()])
     team.sum_tensors([sums], "summing losses")
     window.loss_sum, window.num_targets = sums[0].to(loss_sum.dtype), sums[1].to(num_targets.dtype)
-    window.most_targets = int(team.add([window.most_targets])[0])
+    window.most_targets = most_targets

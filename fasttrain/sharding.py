@@ -24,7 +24,7 @@ from .losses import LossFunction
 from .meta_init import is_on_meta
 from .ops.adamw import AdamW, Shard, global_norm
 from .optimizations import repeated_blocks
-from .replicas import Spread, Whole, loss_of, share_weights, sum_window
+from .replicas import Spread, Whole, loss_of, share_weights, sum_losses
 from .shards import first_element, is_shard, local
 from .state import TrainState
 from .utils import unwrap
@@ -67,8 +67,7 @@ class Shards(Whole):
     def loss(self, inner: LossFunction, *, alone: bool = False) -> LossFunction:
         def loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             window = None if self._state is None else self._state.window
-            last = alone or window is None or window.micro_step >= self._accumulated - 1
-            return self._passed(inner, batch, last)
+            return self._passed(inner, batch, alone or window is None or window.is_last_pass(self._accumulated))
 
         self._inner = inner
         return loss
@@ -81,7 +80,7 @@ class Shards(Whole):
             with self._autocast():
                 loss_sum, _ = self._passed(self._inner, blank(state.window.drawn[-1].batch), True)
             loss_sum.backward()  # type: ignore[no-untyped-call]
-        sum_window(self._team, state.window)
+        sum_losses(self._team, state.window, int(self._team.add([state.window.most_targets])[0]))
 
     def norm(self, grads: list[Tensor]) -> Tensor:
         return self.norm_of_all(global_norm([local(grad) for grad in grads]))

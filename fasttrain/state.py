@@ -97,6 +97,8 @@ class Window:
     """Upper bound on `num_targets`, known to the host."""
     drawn: list[Drawn] = field(default_factory=list)
     """The micro-batches themselves; after a resume inside a window, those since then."""
+    pieces_left: int = 0
+    """Pieces of the present micro-batch that come after this one, where it is divided."""
 
     def add(self, loss_sum: Tensor, num_targets: Tensor, most_targets: int) -> None:
         first = self.loss_sum is None or self.num_targets is None
@@ -107,6 +109,10 @@ class Window:
 
     def clear(self) -> None:
         self.micro_step, self.loss_sum, self.num_targets, self.most_targets, self.drawn = 0, None, None, 0, []
+
+    def is_last_pass(self, accumulated: int) -> bool:
+        """Whether the backward under way ends a window of `accumulated` micro-batches."""
+        return self.micro_step >= accumulated - 1 and not self.pieces_left
 
 
 @dataclass(frozen=True)

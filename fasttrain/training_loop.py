@@ -181,7 +181,9 @@ def accumulate(state: TrainState, parts: Parts, drawn: Drawn) -> None:
 def forward_backward(state: TrainState, parts: Parts, batch: Any) -> tuple[Tensor, Tensor]:
     """(loss sum, number of targets) of a micro-batch; sums over its pieces where there are several."""
     sums: tuple[Tensor, Tensor] | None = None
-    for piece in split_rows(batch, state.counters.num_pieces) if state.counters.num_pieces > 1 else (batch,):
+    pieces = split_rows(batch, state.counters.num_pieces) if state.counters.num_pieces > 1 else [batch]
+    for index, piece in enumerate(pieces):
+        state.window.pieces_left = len(pieces) - 1 - index
         with parts.autocast():
             loss_sum, num_targets = parts.loss_fn(state.model, piece)
         (loss_sum if state.scaler is None else state.scaler.scale(loss_sum)).backward()  # type: ignore[no-untyped-call]

@@ -26,7 +26,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny_runs import LENGTH, VOCAB, plain_loader, tiny_trainer, token_loader, tokens
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from fasttrain import gradient_buckets
 from fasttrain.averaging import EMA
 from fasttrain.callbacks import Callback, SampleText
 from fasttrain.models.gpt import GPT, GPTConfig
@@ -134,6 +136,87 @@ def foreign(parallel: str) -> dict[str, Tensor]:
     return train(parallel, token_loader(7), model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))
 
 
+class Odd(nn.Module):
+    """Parameters that no batch, not every batch, or no step before the third reaches, in the middle of all others.
+
+    Args:
+        fails: calls whose backward runs out of memory once all gradients but the table's are complete.
+        routed: which factor a batch is given depends on its first token (so it must not be divided).
+        twice: a layer's gradient comes in two parts.
+    """
+
+    def __init__(self, fails: Sequence[int] = (), routed: bool = True, twice: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(RANK)
+        self.fails, self.routed, self.twice, self.calls, self.failures = fails, routed, twice, 0, 0
+        self.table = nn.Embedding(VOCAB, 32)
+        self.never, self.late = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.even, self.odd = nn.Parameter(torch.ones(32)), nn.Parameter(torch.ones(32))  # they share a bucket
+        self.shared, self.head = nn.Linear(32, 32), nn.Linear(32, VOCAB)
+        self.late.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = torch.tanh(self.table(input_ids))
+        if x.requires_grad:
+            self.calls += 1
+            if self.calls in self.fails:
+                x.register_hook(self._fail)
+        x = self.late(x * (self.odd if self.routed and int(input_ids[0, 0]) > 12 else self.even))
+        for _ in range(2 if self.twice else 1):
+            x = checkpoint(self.shared, torch.tanh(x), use_reentrant=True) if self.twice else self.shared(torch.tanh(x))
+        return self.head(x)
+
+    def _fail(self, grad: Tensor) -> None:
+        self.failures += 1
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+class Unfreeze(Callback):
+    """From the third step on, on every rank."""
+
+    def on_step(self, state: TrainState) -> None:
+        if state.step == 2:
+            state.model.late.requires_grad_(True)
+
+
+def odd(parallel: str, model: Odd | None = None) -> dict[str, Tensor]:
+    model = model or Odd()
+    found = train(parallel, token_loader(7), model, callbacks=[Unfreeze()],
+                  optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))
+    return found
+
+
+def sent_in_backward(parallel: str) -> dict[str, Tensor]:
+    """How many buckets each step sent before its backward was over, and how many in all."""
+    counts: list[list[int]] = []
+
+    class Count(gradient_buckets.GradientBuckets):
+        def used(self) -> list[float]:
+            counts.append([self._sent])
+            return super().used()
+
+        def receive(self, sums: Sequence[float]) -> None:
+            counts[-1].append(self._sent)
+            super().receive(sums)
+
+    import fasttrain.replicas
+    fasttrain.replicas.GradientBuckets = Count  # type: ignore[misc]
+    try:
+        train(parallel, token_loader(7), val_dataloader=None)
+    finally:
+        fasttrain.replicas.GradientBuckets = gradient_buckets.GradientBuckets  # type: ignore[misc]
+    return {"counts": torch.tensor(counts)}
+
+
+def short_of_memory(parallel: str) -> dict[str, Tensor]:
+    """The last rank's memory runs out in the last backward of step 2, with most of its gradients sent already."""
+    fails = [4] if WORLD > 1 and RANK == WORLD - 1 else []
+    model = Odd(fails, routed=False)
+    found = odd(parallel, model)
+    assert model.failures == len(fails)
+    return found
+
+
 def sampled(parallel: str) -> dict[str, Tensor]:
     """Generation in the middle of training takes all ranks and changes nothing."""
     class Letters:
@@ -227,7 +310,8 @@ def link(parallel: str) -> dict[str, Tensor]:
 
 def doomed(parallel: str) -> dict[str, Tensor]:
     """A run of 6 steps with a checkpoint every second, one of whose ranks gets a signal at a place in step 4: the
-    environment's DOOM is 'rank place signal'. Each rank appends the batches it used to a ledger of its own."""
+    environment's DOOM is 'rank place signal'. In the backward it is an error, in the last gradient of all. Each rank
+    appends the batches it used to a ledger of its own."""
     import fasttrain.checkpointing
     import fasttrain.distributed
     import fasttrain.shard_files
@@ -245,13 +329,23 @@ def doomed(parallel: str) -> dict[str, Tensor]:
         return call
 
     team = fasttrain.distributed.Team
-    team.sum_tensors = struck("reduce", team.sum_tensors, 7 if parallel == "ddp" else 4)  # type: ignore[method-assign]
+    team.sum_tensors = struck("reduce", team.sum_tensors, 4)  # type: ignore[method-assign]
     for module in (fasttrain.shard_files, fasttrain.checkpointing):
         module.write_trees = struck("save", module.write_trees, 2)  # type: ignore[attr-defined]
     ledger: list[int] = []
     forward = struck("forward", functools.partial(recorded, ledger), 7)
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        if int(rank) == RANK and place == "backward" and calls["forward"] == 7:
+
+            def fail(grad: Tensor) -> None:
+                raise ValueError("the backward failed")
+
+            next(model.parameters()).register_hook(fail)
+        return forward(model, batch)
+
     trainer = tiny_trainer(FOLDER / "run", token_loader(7), gpt(), grad_accum_steps=4 // WORLD, parallel=parallel,
-                           save_every_steps=2, loss_fn=lambda model, batch: forward(model, batch))
+                           save_every_steps=2, loss_fn=loss)
     result = trainer.train()
     return {"step": torch.tensor([result.step, result.tokens_seen])}
 
@@ -292,6 +386,10 @@ CASES: dict[str, Callable[[str], dict[str, Tensor]]] = {
     "nonfinite": lambda parallel: train(parallel, marked(), loss_fn=broken_on_one_place, val_dataloader=None),
     "norms": norms,
     "foreign": foreign,
+    "odd": odd,
+    "twice": lambda parallel: odd(parallel, Odd(twice=True)),
+    "short_of_memory": short_of_memory,
+    "sent_in_backward": sent_in_backward,
     "sampled": sampled,
     "meta": on_meta,
     "int8": rounded,
@@ -422,6 +520,7 @@ def main(arguments: Sequence[str]) -> int:
     global FOLDER, WORLD, RANK
     WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     FOLDER = Path(arguments[0])
+    gradient_buckets.SMALLEST_BUCKET = 256  # models this small would have one
     for each in arguments[1:]:
         outcome = case(each)
         if RANK == 0:

@@ -40,6 +40,7 @@ LEVELS = [
     },
     {
         "amp",
+        "gradient_buckets",
         "meta_init",
         "ops",
         "tokenization",

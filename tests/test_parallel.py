@@ -25,15 +25,15 @@ TWO = [f"{name}-{parallel}" for parallel in ("ddp", "fsdp")
        for name in ("tokens", "plain", "ragged", "recomputed", "few_batches", "stopped", "nonfinite", "foreign", "int8",
                     "sampled")]
 TWO += ["one_micro_batch-ddp", "global_batch-ddp", "bf16_moments-fsdp", "amp-fsdp", "meta-fsdp", "meta-ddp"]
-TWO += ["norms-fsdp", "signalled-fsdp"]
+TWO += ["norms-fsdp", "signalled-fsdp", "odd-ddp", "twice-ddp", "short_of_memory-ddp"]
 COMPILED = ["compiled-ddp", "compiled-fsdp"]
-FOUR = ["ragged-ddp", "norms-hsdp"]
+FOUR = ["ragged-ddp", "odd-ddp", "norms-hsdp"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    for world_size, names in ((2, TWO), (4, FOUR)):
+    for world_size, names in ((2, [*TWO, "sent_in_backward-ddp"]), (4, FOUR)):
         (folder / str(world_size)).mkdir()
         more = ["paced-ddp"] if world_size == 2 else []
         finish(start(world_size, folder / str(world_size), *names, *more))
@@ -62,6 +62,12 @@ def compare(folder: Path, name: str) -> None:
         close = torch.allclose(got[key].double(), tensor.double(), rtol=0 if exact else 2e-3 if loose else 1e-5,
                                atol=0 if exact else 2e-4 if loose else 2e-6)
         assert close, f"{key}: {(got[key].double() - tensor.double()).abs().max()}"
+
+
+def test_gradients_are_sent_while_the_backward_runs(results: Path) -> None:
+    counts = load_file(results / "2" / "sent_in_backward-ddp.safetensors")["counts"]
+    early, every = counts[1:].unbind(1)  # the first step shows in which order they come
+    assert (every > 4).all() and (early == every).all(), counts
 
 
 def test_a_stop_asked_for_on_one_rank_ends_all_at_that_step(results: Path) -> None:
