@@ -135,10 +135,11 @@ def status_kib(key: str) -> int:
 
 def environment() -> dict[str, str]:
     """What a reader needs to repeat a figure."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
+    lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    told = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
+    cpu = told.get("model name", platform.processor())
+    if "cpu family" in told:  # a virtual machine names no generation
+        cpu += f" (family {told['cpu family']}, model {told['model']})"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
     ).stdout.strip()

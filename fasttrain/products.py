@@ -1,9 +1,10 @@
 """Float32 matrix products by oneDNN on CPUs where PyTorch's own choice leaves half of the processor idle.
 
 `torch.mm` calls MKL, whose AVX-512 kernels run on Intel's processors only; on another maker's it computes with vectors
-of half the width. oneDNN, in the same build of PyTorch, goes by what the processor can do: 2.1 times as fast on Zen 5
-(`pytest bench/bench_products.py`). `use_onednn` gives the nn.Linear layers of a model a forward and backward by it. The
-decision depends on the processor and the shapes alone, never on a timing: a resumed run computes the same bits.
+of half the width. oneDNN, in the same build of PyTorch, goes by what the processor can do: 2.1 times as fast on AMD's
+Zen 5, and no faster on Zen 4, which computes AVX-512 in two halves (`pytest bench/bench_products.py`). `use_onednn` gives
+the nn.Linear layers of a model a forward and backward by it. The decision depends on the processor and the shapes alone,
+never on a timing: a resumed run computes the same bits.
 Left out: attention's own products; 16-bit ones, which PyTorch gives to oneDNN already; and compiled graphs.
 """
 
@@ -30,18 +31,26 @@ def onednn_advantage() -> tuple[bool, str]:
         return False, "this build of PyTorch has no oneDNN"
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False, "without AVX-512, MKL's products are as fast"
-    vendor = _vendor()
+    vendor, family = _processor()
     if vendor in ("GenuineIntel", ""):
         return False, "MKL uses this processor's AVX-512" if vendor else "the processor's maker is not known"
+    if vendor == "AuthenticAMD" and family < _ZEN_5:
+        return False, "this AMD processor computes AVX-512 in two halves, at the speed of MKL's AVX2"
     return True, f"this {vendor} processor has AVX-512, which MKL does not use"
 
 
-def _vendor() -> str:
+_ZEN_5 = 26
+"""The first family of AMD's processors that can compute 512 bits at once."""
+
+
+def _processor() -> tuple[str, int]:
+    """(maker, family) as the kernel tells them; ("", 0) where it does not."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     except OSError:
-        return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+        return "", 0
+    told = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
+    return told.get("vendor_id", ""), int(told.get("cpu family", 0))
 
 
 def use_onednn(model: nn.Module) -> int:

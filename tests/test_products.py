@@ -97,9 +97,10 @@ def test_a_second_derivative_is_refused_and_not_silently_zero() -> None:
 
 
 def test_the_report_says_which_library_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    for vendor, on in (("AuthenticAMD", True), ("GenuineIntel", False)):
+    zen_5, zen_4, intel = ("AuthenticAMD", 26), ("AuthenticAMD", 25), ("GenuineIntel", 6)
+    for processor, on in ((zen_5, True), (zen_4, False), (intel, False)):
         products.onednn_advantage.cache_clear()
-        monkeypatch.setattr(products, "_vendor", lambda vendor=vendor: vendor)
+        monkeypatch.setattr(products, "_processor", lambda processor=processor: processor)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         model = nn.Sequential(nn.Linear(4, 4))
         _, decisions = apply_optimizations(model, TrainConfig(), torch.device("cpu"), own_loss=True)

@@ -458,7 +458,7 @@ def test_memory_stays_within_the_budget(reduction: str) -> None:
         [sys.executable, "-c", MEASURE_MEMORY, "cpp", reduction], capture_output=True, text=True, check=True
     )
     results = (16384 * 16 + 1792 * 16) * 4 / (64 << 20)
-    assert 0.9 < float(done.stdout) - results < 1.1
+    assert 0.85 < float(done.stdout) - results < 1.1  # MKL takes 1 MiB of its own, oneDNN 8
 
 
 @pytest.mark.parametrize(
