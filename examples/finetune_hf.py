@@ -27,7 +27,7 @@ def main(model: str, text: Path, out: Path, steps: int, length: int, batch_size:
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)
     train, val = batches(tokenizer, text.read_text(encoding="utf-8"), length, batch_size)
-    config = TrainConfig(max_steps=steps, lr=5e-5, warmup_ratio=0.1, schedule="linear", eval_at_start=True)
+    config = TrainConfig(max_steps=steps, lr=5e-5, warmup_steps=0.1, schedule="linear", eval_at_start=True)
     trainer = Trainer(model=network, train_dataloader=train, val_dataloader=val, config=config, tokenizer=tokenizer,
                       checkpoint_dir=out / "checkpoints", use_amp=True)
     result = trainer.train()

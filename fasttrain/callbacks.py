@@ -90,7 +90,7 @@ class Callback:
         """After a step whose update was skipped because its loss or gradient was not finite."""
 
     def on_log(self, state: TrainState, record: Mapping[str, Any]) -> None:
-        """Every `log_every_steps`: loss, lr, grad_norm, tokens, seconds, memory_bytes, ... as plain numbers."""
+        """With every log record: loss, lr, grad_norm, tokens, seconds, memory_bytes, ... as plain numbers."""
 
     def on_eval_start(self, state: TrainState) -> None:
         """Before an evaluation."""
@@ -263,18 +263,21 @@ def drop_records_after(path: Path, step: int) -> None:
 
 
 class SampleText(Callback):
-    """Generates from fixed prompts at every evaluation (or every `every_steps`), prints the text and appends it to
-    `samples.jsonl`. Training is not disturbed: the same weights come out with or without it."""
+    """Generates from fixed prompts at every evaluation (or every `every_steps`, or every `every_tokens` target tokens),
+    prints the text and appends it to `samples.jsonl`. Training is not disturbed: the same weights come out with or
+    without it."""
 
     observer = True
     collective = True
 
-    def __init__(self, prompts: str | Sequence[str], *, every_steps: int = 0, **options: Any) -> None:
+    def __init__(self, prompts: str | Sequence[str], *, every_steps: int = 0, every_tokens: int = 0,
+                 **options: Any) -> None:
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not self.prompts or every_steps < 0:
-            raise ValueError(f"SampleText: prompts is {prompts!r}, every_steps {every_steps}; it needs at least one "
-                             "prompt and every_steps not negative (0: at every evaluation)")
-        self.every_steps, self.options = every_steps, options
+        if not self.prompts or min(every_steps, every_tokens) < 0 or (every_steps and every_tokens):
+            raise ValueError(f"SampleText: prompts is {prompts!r}, every_steps {every_steps}, every_tokens "
+                             f"{every_tokens}; it needs at least one prompt and at most one of the two, not negative "
+                             "(none: at every evaluation)")
+        self.every_steps, self.every_tokens, self.options = every_steps, every_tokens, options
         self._run: Run | None = None
 
     def on_train_start(self, state: TrainState, run: Run) -> None:
@@ -286,11 +289,12 @@ class SampleText(Callback):
             run.log("warning: SampleText has no tokenizer and stays silent; pass tokenizer= to the Trainer")
 
     def on_step(self, state: TrainState) -> None:
-        if self.every_steps and state.step % self.every_steps == 0:
+        if (self.every_steps and state.step % self.every_steps == 0) or (
+                self.every_tokens and state.passed_multiple(self.every_tokens)):
             self._sample(state)
 
     def on_eval(self, state: TrainState, result: Any) -> None:
-        if not self.every_steps:
+        if not (self.every_steps or self.every_tokens):
             self._sample(state)
 
     def on_event(self, state: TrainState, kind: str, details: Mapping[str, Any]) -> None:

@@ -28,8 +28,11 @@ _OTHER_NAMES = {
     "epochs": "max_epochs", "steps": "max_steps", "batch_size": "global_batch_size", "clip_grad_norm": "max_grad_norm",
     "lr_scheduler_type": "schedule", "logging_steps": "log_every_steps", "eval_steps": "eval_every_steps",
     "save_steps": "save_every_steps", "eval_on_start": "eval_at_start", "save_total_limit": "keep_last",
-    "dtype": "precision",
+    "dtype": "precision", "warmup_ratio": "warmup_steps", "eval_every_tokens": "every_tokens",
+    "save_every_tokens": "every_tokens", "log_every_tokens": "every_tokens",
 }
+
+_IN_TOKENS = ("log", "eval", "save")
 
 _RECOMPUTED = re.compile(r"none|full|selective|every_([2-9]|[1-9]\d+)", re.ASCII)
 
@@ -72,10 +75,8 @@ class TrainConfig:
     """Peak learning rate, for the optimizer that the Trainer builds when none is passed."""
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0 to lr."""
-    warmup_ratio: float = 0.0
-    """The same as a share of the planned steps, in place of warmup_steps (0: use warmup_steps)."""
+    warmup_steps: float = 0
+    """Steps over which the learning rate rises linearly from 0 to lr; below 1: this share of the planned steps."""
     schedule: Schedule = "cosine"
     """Shape after the warm-up, for the scheduler that the Trainer builds when none is passed."""
     decay_ratio: float = 0.2
@@ -106,6 +107,9 @@ class TrainConfig:
     """Batches per evaluation (0: all)."""
     save_every_steps: int = 0
     """Steps between two checkpoints (0: only at the end)."""
+    every_tokens: dict[str, int] = field(default_factory=dict)
+    """Intervals in target tokens in place of steps: {"eval": 2_000_000} takes the place of eval_every_steps, and so for
+    "save" and "log". Each falls due at the first step whose count of tokens reaches or passes a multiple."""
     keep_last: int = 2
     """Newest checkpoints to keep (0: all)."""
     keep_best: int = 1
@@ -145,9 +149,10 @@ class TrainConfig:
                      f"derives from {total}={getattr(self, total)}: give one of the two")
         _require(self, "global_batch_tokens", not (self.global_batch_tokens and self.global_batch_size),
                  f"excludes global_batch_size={self.global_batch_size}: give one of the two")
-        _require(self, "warmup_ratio", 0.0 <= self.warmup_ratio < 1.0, "must lie in [0, 1)")
-        _require(self, "warmup_ratio", not (self.warmup_ratio and self.warmup_steps),
-                 f"excludes warmup_steps={self.warmup_steps}: give one of the two")
+        _require(self, "warmup_steps", self.warmup_steps < 1 or float(self.warmup_steps).is_integer(),
+                 "must be a whole number of steps, or a share of them below 1")
+        _require(self, "every_tokens", all(key in _IN_TOKENS and each >= 1 for key, each in self.every_tokens.items()),
+                 "must give a positive number of tokens for any of log, eval and save, and for nothing else")
         _require(self, "decay_ratio", 0.0 < self.decay_ratio <= 1.0, "must lie in (0, 1]")
         _require(self, "activation_checkpointing", bool(_RECOMPUTED.fullmatch(self.activation_checkpointing)),
                  "must be 'none', 'full', 'selective' or 'every_N' with N of at least 2")
@@ -369,6 +374,9 @@ def _check_types(config: Any) -> None:
         elif hint == int | tuple[int, ...] | None:
             whole = whole or value is None or (isinstance(value, tuple) and all(map(_is_whole, value)))
             _require(config, name, whole, "must be a whole number or None, or hold whole numbers")
+        elif hint == dict[str, int]:
+            pairs = isinstance(value, dict) and all(isinstance(k, str) and _is_whole(v) for k, v in value.items())
+            _require(config, name, pairs, "must map names to whole numbers")
         elif hint == dict[int, float]:
             pairs = isinstance(value, dict) and all(_is_whole(k) and _is_finite_number(v) for k, v in value.items())
             _require(config, name, pairs, "must map whole numbers to finite numbers")

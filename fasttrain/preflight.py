@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .assembly import check_limits, planned_steps
+from .assembly import check_limits, planned_steps, tokens_per_step
 from .batch_stream import iter_is_self, peek_batches
 from .batches import most_elements, tensors_of, to_device
 from .checkpointing import load_checkpoint, save_checkpoint
@@ -105,12 +105,14 @@ def preflight(state: TrainState, config: TrainConfig, parts: Parts, *, checkpoin
     size = checkpoint_bytes(state, config)
     copies = (config.keep_last + config.keep_best + 1) if config.keep_last else 1
     free = None if checkpoint_dir is None else _check_disk(checkpoint_dir, size, copies * size)
-    if checkpoint_dir is not None and not config.keep_last and config.save_every_steps:
+    saves = config.save_every_steps or "save" in config.every_tokens
+    if checkpoint_dir is not None and not config.keep_last and saves:
         warnings.append("keep_last=0 keeps every checkpoint: the room they take is not bounded")
     saving = None if checkpoint_dir is None or not state.team.is_alone else try_checkpoint(state, checkpoint_dir, size)
     save_seconds, load_seconds = saving or (None, None)
     left = None if steps is None or seconds is None else _projected(
-        config, max(0, steps - state.step), seconds, eval_seconds or 0.0, save_seconds or 0.0)
+        config, max(0, steps - state.step), seconds, eval_seconds or 0.0, save_seconds or 0.0,
+        tokens_per_step(config, loader, state.team.world_size) or 0)
     known = eval_seconds if eval_seconds is not None and math.isfinite(eval_seconds) else None
     return PreflightReport(loss, longest, seconds, known, save_seconds, load_seconds, left, size, copies * size, free,
                            tuple(warnings))
@@ -132,10 +134,15 @@ def try_checkpoint(state: TrainState, checkpoint_dir: Path, full_bytes: int) -> 
     return (written - start) * scale, (read - written) * scale
 
 
-def _projected(config: TrainConfig, steps: int, step: float, evaluation: float, save: float) -> float:
-    """Seconds of `steps` steps with their evaluations and checkpoints (each once more at the end)."""
-    evaluations = steps // config.eval_every_steps + 1 if config.eval_every_steps else 1
-    saves = steps // config.save_every_steps + 1 if config.save_every_steps else 1
+def _projected(config: TrainConfig, steps: int, step: float, evaluation: float, save: float, tokens: int) -> float:
+    """Seconds of `steps` steps of `tokens` with their evaluations and checkpoints (each once more at the end)."""
+    def times(what: str) -> int:
+        every = getattr(config, f"{what}_every_steps")
+        if what in config.every_tokens:
+            return steps * tokens // config.every_tokens[what] + 1
+        return steps // every + 1 if every else 1
+
+    evaluations, saves = times("eval"), times("save")
     return steps * step + saves * save + (evaluations * evaluation if math.isfinite(evaluation) else 0.0)
 
 
@@ -150,19 +157,30 @@ def check_intervals(config: TrainConfig, loader: Iterable[Any], *, has_val: bool
     """Refuses an interval that would never fire: what was asked for would silently not happen. A default that is longer
     than the run is no mistake of anybody's; a limit in tokens only bounds the steps from below."""
     steps = planned_steps(dataclasses.replace(config, max_tokens=0), loader, world_size)
+    tokens = _most_tokens(config, loader, steps, world_size)
     needs = {"eval_every_steps": ("a val_dataloader", has_val), "save_every_steps": ("a checkpoint_dir", has_dir),
              "keep_every_steps": ("a checkpoint_dir", has_dir), "log_every_steps": ("", True)}
     defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}
     for name, (need, there) in needs.items():
-        every = getattr(config, name)
-        if every == defaults[name]:
+        every, most, unit = getattr(config, name), steps, "steps"
+        what = name.removesuffix("_every_steps")
+        if what in config.every_tokens:
+            every, most, unit, name = config.every_tokens[what], tokens, "tokens", f"every_tokens[{what!r}]"
+        elif every == defaults[name]:
             continue
         if not there:
-            raise ValueError(f"{name}={every} never fires: there is no {need[2:]}; pass {need} to the Trainer, or set "
-                             f"{name}=0")
-        if steps is not None and every > steps:
-            raise ValueError(f"{name}={every} never fires: the run has {steps} steps; choose at most that, or leave it "
+            raise ValueError(f"{name}={every} never fires: there is no {need[2:]}; pass {need} to the Trainer, or "
+                             f"leave {name} out")
+        if most is not None and every > most:
+            raise ValueError(f"{name}={every} never fires: the run has {most} {unit}; choose at most that, or leave it "
                              "out (the end of a run is logged, evaluated and saved anyway)")
+
+
+def _most_tokens(config: TrainConfig, loader: Iterable[Any], steps: int | None, world_size: int) -> int | None:
+    """Target tokens after which the run has ended, where that is known: of full steps, or the limit."""
+    each = tokens_per_step(config, loader, world_size)
+    bounds = [steps * each] if steps and each else []
+    return min([*bounds, *([config.max_tokens] if config.max_tokens else [])], default=None)
 
 
 def try_batch(state: TrainState, config: TrainConfig, parts: Parts,

@@ -40,11 +40,15 @@ class Norms(Callback):
     @torch.no_grad()
     def on_gradients(self, state: TrainState) -> None:
         assert self._run is not None
-        if (state.step + 1) % self._run.config.log_every_steps:
-            return
-        self._squares = {}
-        count = state.window.num_targets
+        config, count, self._squares = self._run.config, state.window.num_targets, {}
         assert count is not None
+        if "log" in config.every_tokens:  # how many targets there are is not asked of the device for this
+            most = state.window.most_targets + (0 if state.pending is None else state.pending.most_targets)
+            left = config.every_tokens["log"] - state.counters.tokens_seen % config.every_tokens["log"]
+            if most < left:
+                return
+        elif (state.step + 1) % config.log_every_steps:
+            return
         for name, p in unwrap(state.model).named_parameters():
             self._holders = p.device_mesh.size(-1) if is_shard(p) else 0  # type: ignore[attr-defined]
             part = ".".join(name.split(".")[: self.depth])

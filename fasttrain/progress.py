@@ -100,7 +100,7 @@ class Progress(Callback):
                      f"(epoch, after, up to): {details['passed_over']}")
 
     def on_save(self, state: TrainState, path: Path) -> None:
-        self.log(f"step {state.step}  saved {path}")
+        self.log(f"saved {path}")
 
     def on_train_end(self, state: TrainState, status: str) -> None:
         self.screen.close()

@@ -17,9 +17,9 @@ from .config import TrainConfig, to_dict
 
 _LIMITS = ("max_steps", "max_epochs", "max_tokens", "max_seconds", "max_nonfinite_in_a_row", "max_save_failures")
 _INTERVALS = ("log_every_steps", "eval_every_steps", "eval_at_start", "eval_max_batches", "save_every_steps",
-              "keep_last", "keep_best", "keep_every_steps", "nonfinite", "preflight")
+              "every_tokens", "keep_last", "keep_best", "keep_every_steps", "nonfinite", "preflight")
 _BATCH = ("grad_accum_steps", "global_batch_size", "global_batch_tokens")
-_SCHEDULE = ("lr", "min_lr", "warmup_steps", "warmup_ratio", "schedule", "decay_ratio")
+_SCHEDULE = ("lr", "min_lr", "warmup_steps", "schedule", "decay_ratio")
 _MATHS = ("max_grad_norm", "weight_decay", "betas", "precision", "compile", "optimize", "activation_checkpointing",
           "deterministic", "parallel")
 

@@ -44,12 +44,12 @@ def lr_factor(step: int, *, schedule: str, warmup_steps: int, max_steps: int, fl
 def build_scheduler(optimizer: Optimizer, config: TrainConfig, max_steps: int) -> LambdaLR:
     """LambdaLR over `lr_factor`; each parameter group keeps its own peak."""
     named = f"TrainConfig.schedule is {config.schedule!r}, whose shape" if config.schedule in _SHAPED else \
-        f"TrainConfig.warmup_ratio is {config.warmup_ratio}, which" if config.warmup_ratio else ""
+        f"TrainConfig.warmup_steps is {config.warmup_steps}, a share, which" if 0 < config.warmup_steps < 1 else ""
     if named and max_steps < 1:
         raise ValueError(f"{named} needs the number of steps, which cannot be derived; set max_steps, or max_epochs "
                          "with a loader that has a length, or use schedule='constant' or 'inverse_sqrt' with "
                          "warmup_steps")
-    warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * max_steps)
+    warmup_steps = math.ceil(config.warmup_steps * (max_steps if config.warmup_steps < 1 else 1))
     if config.schedule in _SHAPED and warmup_steps >= max_steps:
         raise ValueError(f"TrainConfig.warmup_steps is {warmup_steps}; it must be below the run's {max_steps} steps")
 

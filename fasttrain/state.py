@@ -43,6 +43,8 @@ class Counters:
     """Optimizer steps taken, skipped ones included: it is the clock of every interval."""
     tokens_seen: int = 0
     """Target tokens in those steps."""
+    tokens_before: int = 0
+    """The same, without the latest step's."""
     nonfinite_steps: int = 0
     """Steps whose loss or gradient was not finite: their update did not happen."""
     nonfinite_in_a_row: int = 0
@@ -194,6 +196,12 @@ class TrainState:
         if self.pending is None or self.counters.tokens_seen + self.pending.most_targets < limit:
             return self.counters.tokens_seen
         return self.counters.tokens_seen + int(self.pending.read()[1])
+
+    def passed_multiple(self, every: int) -> bool:
+        """Whether the latest step took the target tokens to or over a multiple of `every`."""
+        before = self.counters.tokens_before if self.pending is None else self.counters.tokens_seen
+        limit = (before // every + 1) * every
+        return self.tokens_seen_exactly(limit) >= limit
 
     def capture(self) -> Trees:
         """Trees of everything above. Tensors are the live ones, not copies: write them before the next step."""

@@ -16,7 +16,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def fit(state: TrainState, config: TrainConfig, parts: Parts | None = None) -> s
     interrupted = bool(parts.interrupted())
     saved_step = state.step if state.step else -1
     # A signal may have cut off the evaluation that was due where the checkpoint was taken.
-    owed = due(state.step, config.eval_every_steps) if state.step else config.eval_at_start
+    owed = due("eval", state, config) if state.step else config.eval_at_start
     if parts.evaluate is not None and owed and state.counters.last_eval_step != state.step:
         interrupted = not run_evaluation(state, config, parts, parts.evaluate)
     while not (interrupted or state.stop_reason or limit_reached(state, config, clock)):
@@ -104,14 +104,14 @@ def fit(state: TrainState, config: TrainConfig, parts: Parts | None = None) -> s
         if state.take_request("rewind"):
             rewind(state, config, parts)
             continue
-        if due(state.step, config.log_every_steps):
+        if due("log", state, config):
             log(state, config, parts)
-        if parts.evaluate is not None and (state.take_request("evaluate") or due(state.step, config.eval_every_steps)):
+        if parts.evaluate is not None and (state.take_request("evaluate") or due("eval", state, config)):
             interrupted = not run_evaluation(state, config, parts, parts.evaluate)
         interrupted = interrupted or bool(parts.interrupted())
         if state.stop_reason or interrupted or limit_reached(state, config, clock):
             break  # the last checkpoint comes after the last evaluation
-        if parts.save is not None and (state.take_request("save") or due(state.step, config.save_every_steps)):
+        if parts.save is not None and (state.take_request("save") or due("save", state, config)):
             save(state, config, parts, parts.save)
             saved_step = state.step
     settle(state, config, parts)
@@ -286,7 +286,7 @@ def settle(state: TrainState, config: TrainConfig, parts: Parts) -> None:
     loss_sum, num_targets, norm, skipped = state.pending.read()
     state.judged, state.pending = state.pending.drawn, None
     counters = state.counters
-    counters.tokens_seen += int(num_targets)
+    counters.tokens_before, counters.tokens_seen = counters.tokens_seen, counters.tokens_seen + int(num_targets)
     counters.last_was_empty = not num_targets
     counters.last_grad_norm, counters.last_lr = norm, float(state.optimizer.param_groups[0]["lr"])
     counters.last_loss = loss_sum / num_targets if num_targets else math.nan
@@ -392,5 +392,9 @@ def adopt_clipping(state: TrainState, config: TrainConfig) -> None:
         optimizer.max_grad_norm = config.max_grad_norm
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def due(what: Literal["log", "eval", "save"], state: TrainState, config: TrainConfig) -> bool:
+    """Whether the latest step is one after which that phase comes: every so many tokens, else every so many steps."""
+    if what in config.every_tokens:
+        return state.passed_multiple(config.every_tokens[what])
+    every: int = getattr(config, f"{what}_every_steps")
+    return every > 0 and state.step % every == 0

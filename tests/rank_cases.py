@@ -64,7 +64,9 @@ def train(parallel: str, loader: Any, model: nn.Module | None = None, *, micro_b
     settings: dict[str, Any] = {
         "max_steps": 5, "max_grad_norm": 0.5, "val_dataloader": token_loader(5, seed=9), "eval_every_steps": 2,
         "grad_accum_steps": micro_batches // WORLD, **config}
-    trainer = tiny_trainer(None, loader, model or gpt(), callbacks=callbacks, parallel=parallel, **settings)
+    evaluated = Evaluated()
+    trainer = tiny_trainer(None, loader, model or gpt(), callbacks=[*callbacks, evaluated], parallel=parallel,
+                           **settings)
     trainer.progress.stream = io.StringIO()
     result = trainer.train()
     assert trainer.state is not None
@@ -76,8 +78,19 @@ def train(parallel: str, loader: Any, model: nn.Module | None = None, *, micro_b
         if isinstance(callback, EMA):
             found.update({f"ema/{name}": gathered(value, True) for name, value in callback.averages.items()})
     figures = [result.train_loss, result.val_loss or 0.0, result.tokens_seen, result.step, result.nonfinite_steps]
+    found["evaluated"] = torch.tensor(evaluated.steps)
     found["figures"] = torch.tensor(figures, dtype=torch.float64)
     return {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+
+
+class Evaluated(Callback):
+    """After which steps there was an evaluation."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_eval(self, state: TrainState, result: Any) -> None:
+        self.steps.append(state.step)
 
 
 class Heard(Callback):
@@ -374,7 +387,8 @@ FOLDER = Path()
 CASES: dict[str, Callable[[str], dict[str, Tensor]]] = {
     "tokens": lambda parallel: train(parallel, token_loader(7), callbacks=[EMA(0.9)]),
     "plain": lambda parallel: train(parallel, plain_loader(7)),
-    "ragged": lambda parallel: train(parallel, ragged(), max_steps=0, max_epochs=3, val_dataloader=ragged(3)),
+    "ragged": lambda parallel: train(parallel, ragged(), max_steps=0, max_epochs=3, val_dataloader=ragged(3),
+                                     every_tokens={"eval": 60}),
     "global_batch": lambda parallel: train(parallel, token_loader(7), grad_accum_steps=1, global_batch_size=8),
     "recomputed": lambda parallel: train(parallel, token_loader(7), activation_checkpointing="full"),
     "amp": lambda parallel: train(parallel, token_loader(7), precision="bfloat16"),

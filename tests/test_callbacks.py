@@ -190,6 +190,7 @@ def test_samples_are_taken_at_evaluations_and_a_run_without_tokenizer_says_so(
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: EarlyStopping(patience=0), "patience is 0"), (lambda: SampleText([]), "at least one prompt"),
+    (lambda: SampleText("a", every_steps=1, every_tokens=1), "at most one of the two"),
     (lambda: Hooks([object()]), "at least one of on_train_start")])
 def test_options_without_sense_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

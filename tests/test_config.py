@@ -17,10 +17,12 @@ def test_there_are_no_more_fields_than_a_person_can_know() -> None:
 
 
 def test_a_config_survives_json_and_toml(tmp_path: Path) -> None:
-    config = TrainConfig(max_steps=7, lr=1e-3, betas=(0.8, 0.99), precision="bfloat16", compile=True)
+    config = TrainConfig(max_steps=7, lr=1e-3, betas=(0.8, 0.99), precision="bfloat16", compile=True,
+                         warmup_steps=0.1, every_tokens={"eval": 10, "save": 20})
     (tmp_path / "run.json").write_text(json.dumps(to_dict(config)))
     (tmp_path / "run.toml").write_text(
-        'max_steps = 7\nlr = 1e-3\nbetas = [0.8, 0.99]\nprecision = "bfloat16"\ncompile = true\n')
+        'max_steps = 7\nlr = 1e-3\nbetas = [0.8, 0.99]\nprecision = "bfloat16"\ncompile = true\n'
+        'warmup_steps = 0.1\nevery_tokens = {eval = 10, save = 20}\n')
     assert load_config(tmp_path / "run.json", TrainConfig) == config
     assert load_config(str(tmp_path / "run.toml"), TrainConfig) == config
     assert load_config(None, TrainConfig) == TrainConfig()
@@ -29,7 +31,8 @@ def test_a_config_survives_json_and_toml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("key", "meant"), [
     ("max_step", "max_steps"), ("learning_rate", "lr"), ("gradient_accumulation_steps", "grad_accum_steps"),
-    ("num_train_epochs", "max_epochs"), ("loging_steps", "log_every_steps"), ("max_new_token", "max_new_tokens"),
+    ("num_train_epochs", "max_epochs"), ("loging_steps", "log_every_steps"), ("warmup_ratio", "warmup_steps"),
+    ("eval_every_tokens", "every_tokens"), ("max_new_token", "max_new_tokens"),
 ])
 def test_an_unknown_key_names_the_one_that_was_meant(key: str, meant: str) -> None:
     cls: Any = GenerationConfig if meant == "max_new_tokens" else TrainConfig
@@ -58,6 +61,12 @@ def test_a_key_like_nothing_lists_what_there_is() -> None:
     ({"compile": 1}, "must be true or false"),
     ({"log_every_steps": 0}, "must be at least 1"),
     ({"grad_accum_steps": 2, "global_batch_size": 8}, "give one of the two"),
+    ({"warmup_steps": 1.5}, "warmup_steps is 1.5; it must be a whole number of steps, or a share of them below 1"),
+    ({"warmup_steps": -0.1}, "warmup_steps is -0.1"),
+    ({"every_tokens": {"evl": 3}}, "every_tokens is {'evl': 3}; it must give .* any of log, eval and save"),
+    ({"every_tokens": {"eval": 0}}, "must give a positive number"),
+    ({"every_tokens": {"eval": 1.5}}, "must map names to whole numbers"),
+    ({"every_tokens": 5}, "must map names to whole numbers"),
 ])
 def test_values_that_cannot_be_meant_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

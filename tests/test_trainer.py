@@ -139,6 +139,35 @@ def test_a_signal_during_an_evaluation_loses_neither_the_run_nor_the_evaluation(
     assert first_difference(final_trees(straight), final_trees(second)) == ""
 
 
+def test_intervals_in_tokens_go_on_over_stops_as_if_there_had_been_none(tmp_path: Path) -> None:
+    """Every evaluation, record, checkpoint and sample of the straight run, once; a stop at each micro-batch."""
+    tokens_per_step = 2 * BATCH * LENGTH
+    settings: dict[str, Any] = {
+        "max_steps": 7, "grad_accum_steps": 2, "val_dataloader": token_loader(1), "keep_last": 0,
+        "every_tokens": {"log": tokens_per_step + 1, "eval": 2 * tokens_per_step, "save": 3 * tokens_per_step - 1}}
+
+    def session(directory: Path, stop: set[int]) -> Any:
+        sampler = SampleText("ab", every_tokens=2 * tokens_per_step + 5, max_new_tokens=2)
+        trainer = tiny_trainer(directory, loss_fn=signalling_loss(stop), callbacks=[sampler], **settings)
+        trainer.tokenizer = _Letters()
+        return trainer.train().status
+
+    def happened(directory: Path) -> Any:
+        records = read_records(directory / "metrics.jsonl")
+        samples = [record["step"] for record in read_records(directory / "samples.jsonl")]
+        return [(record["step"], record["kind"]) for record in records if record["kind"] in ("train", "eval")], samples
+
+    session(tmp_path / "straight", set())
+    wanted = happened(tmp_path / "straight")
+    steps = {kind: [step for step, what in wanted[0] if what == kind] for kind in ("train", "eval")}
+    assert steps == {"train": [2, 3, 4, 5, 6, 7], "eval": [2, 4, 6, 7]} and wanted[1] == [3, 5, 7]
+    assert [path.name[-1] for path in sorted((tmp_path / "straight").glob("step-*"))] == ["3", "6", "7"]
+    sessions = 0
+    while session(tmp_path / "chain", {2}) == "interrupted":
+        sessions += 1
+    assert sessions > 5 and happened(tmp_path / "chain") == wanted
+
+
 def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
@@ -544,6 +573,17 @@ def test_an_interval_that_never_fires_is_refused_before_the_first_step(interval:
     assert trainer.state is not None and trainer.state.step == 0
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"every_tokens": {"eval": 16}}, r"every_tokens\['eval'\]=16 never fires: there is no val_dataloader"),
+    ({"every_tokens": {"save": 16}}, r"every_tokens\['save'\]=16 never fires: there is no checkpoint_dir"),
+    ({"every_tokens": {"log": 97}}, r"every_tokens\['log'\]=97 never fires: the run has 96 tokens"),
+    ({"every_tokens": {"log": 41}, "max_tokens": 40}, r"never fires: the run has 40 tokens")], ids=str)
+def test_an_interval_in_tokens_that_never_fires_is_refused_too(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(max_steps=6, preflight=True, **changes).train()
+    tiny_trainer(max_steps=6, preflight=True, every_tokens={"log": 96}).train()
+
+
 def test_an_interval_that_nobody_chose_may_be_longer_than_the_run() -> None:
     assert tiny_trainer(max_steps=2, log_every_steps=10, preflight=True).train().step == 2
 
@@ -588,6 +628,11 @@ def test_preflight_takes_the_longest_batch_and_times_evaluation_and_a_real_check
     assert None not in (report.step_seconds, report.eval_seconds, report.save_seconds, report.load_seconds)
     wanted = 100 * report.step_seconds + 11 * report.eval_seconds + 3 * report.save_seconds
     assert report.projected_seconds == pytest.approx(wanted)
+    trainer = tiny_trainer(tmp_path, token_loader(), Bigram(), max_steps=100, val_dataloader=token_loader(2),
+                           every_tokens={"eval": 10 * BATCH * LENGTH, "save": 50 * BATCH * LENGTH - 1})
+    again = trainer.preflight()
+    wanted = 100 * again.step_seconds + 11 * again.eval_seconds + 3 * again.save_seconds
+    assert again.projected_seconds == pytest.approx(wanted)
     assert list(tmp_path.iterdir()) == []  # nothing is left behind, of a killed one neither
 
 

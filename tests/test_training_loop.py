@@ -303,6 +303,32 @@ def test_phases_come_in_one_order_and_on_one_clock() -> None:
     assert (state.counters.best_step, state.counters.best_val_loss) == (4, 0.25)
 
 
+@pytest.mark.parametrize("host_devices", [("cpu",), ()], ids=["at once", "one step late"])
+def test_intervals_in_tokens_fire_at_the_first_step_that_passes_a_multiple(
+        monkeypatch: pytest.MonkeyPatch, host_devices: tuple[str, ...]) -> None:
+    """Ragged targets, one step that passes two multiples, one that hits a multiple exactly, one without a target."""
+    monkeypatch.setattr("fasttrain.utils._HOST_DEVICES", host_devices)
+    counts = [3, 4, 3, 0, 9, 1, 5]  # together 3, 7, 10, 10, 19, 20, 25
+    batches = [(X[:2], torch.ones_like(Y[:2]).view(-1).index_fill_(0, torch.arange(count, 16), IGNORE).view(2, -1))
+               for count in counts]
+    events: list[tuple[str, int]] = []
+
+    class Watch(Callback):
+        def on_log(self, state: TrainState, record: Any) -> None:
+            events.append(("log", state.step))
+
+        def on_eval(self, state: TrainState, result: Any) -> None:
+            events.append(("eval", state.step))
+
+    state = make_state(batches)
+    config = TrainConfig(max_steps=7, every_tokens={"log": 5, "eval": 10, "save": 4}, log_every_steps=1,
+                         eval_every_steps=1, save_every_steps=1)  # tokens take the place of these
+    fit(state, config, Parts(hooks=Hooks([Watch()]), evaluate=lambda: EvalResult(1.0, 1.0, None, None, 1),
+                             save=lambda: events.append(("save", state.step))))
+    steps = {kind: [step for what, step in events if what == kind] for kind in ("log", "eval", "save")}
+    assert steps == {"log": [2, 3, 5, 6, 7], "eval": [3, 6, 7], "save": [2, 3, 5, 6, 7]}  # 7: the end of the run
+
+
 def test_the_logged_loss_is_over_the_targets_of_its_interval() -> None:
     losses: list[float] = []
 
@@ -453,7 +479,7 @@ def test_wsd_is_flat_and_falls_at_the_end_and_inverse_sqrt_keeps_falling() -> No
     assert root[15] == pytest.approx(0.5) and root[35] == pytest.approx(1 / 3) and root[199] == 0.2
 
 
-def test_a_warmup_ratio_is_a_share_of_the_planned_steps() -> None:
+def test_a_warmup_below_one_is_a_share_of_the_planned_steps() -> None:
     def rates(**config: Any) -> list[float]:
         optimizer = torch.optim.SGD(Bigram().parameters(), lr=1.0)
         scheduler = build_scheduler(optimizer, TrainConfig(lr=1.0, schedule="constant", **config), max_steps=10)
@@ -464,9 +490,9 @@ def test_a_warmup_ratio_is_a_share_of_the_planned_steps() -> None:
             scheduler.step()
         return seen
 
-    assert rates(warmup_ratio=0.3) == rates(warmup_steps=3) == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r"warmup_ratio is 0\.3, which needs the number of steps"):
-        build_scheduler(torch.optim.SGD(Bigram().parameters()), TrainConfig(warmup_ratio=0.3, schedule="constant"), 0)
+    assert rates(warmup_steps=0.3) == rates(warmup_steps=3) == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"warmup_steps is 0\.3, a share, which needs the number of steps"):
+        build_scheduler(torch.optim.SGD(Bigram().parameters()), TrainConfig(warmup_steps=0.3, schedule="constant"), 0)
 
 
 SCHEDULERS: dict[str, Any] = {
