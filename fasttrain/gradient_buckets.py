@@ -123,7 +123,7 @@ class GradientBuckets:
         for p in trainable:
             if p not in self._hooked:
                 self._hooked.add(p)
-                p.register_post_accumulate_grad_hook(self._arrive)
+                p.register_post_accumulate_grad_hook(self._arrive)  # type: ignore[no-untyped-call]
 
     def _arrive(self, p: Tensor) -> None:
         """The hook: this backward has added to p.grad."""
@@ -182,7 +182,7 @@ def _flattened(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     unit = 1 if len(grads) == 1 else _ALIGNMENT
     sizes = [-(-p.numel() // unit) * unit for p in parameters]
     flat = parameters[0].detach().new_empty(sum(sizes))
-    parts = flat.split(sizes)
+    parts = flat.split(sizes)  # type: ignore[no-untyped-call]
     views = [part[:p.numel()].view(p.shape) for p, part in zip(parameters, parts)]
     filled = [(view, grad) for view, grad in zip(views, grads) if grad is not None]
     if filled:

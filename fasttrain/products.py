@@ -2,9 +2,9 @@
 
 `torch.mm` calls MKL, whose AVX-512 kernels run on Intel's processors only; on another maker's it computes with vectors
 of half the width. oneDNN, in the same build of PyTorch, goes by what the processor can do: 2.1 times as fast on AMD's
-Zen 5, and no faster on Zen 4, which computes AVX-512 in two halves (`pytest bench/bench_products.py`). `use_onednn` gives
-the nn.Linear layers of a model a forward and backward by it. The decision depends on the processor and the shapes alone,
-never on a timing: a resumed run computes the same bits.
+Zen 5, and no faster on Zen 4, which computes AVX-512 in two halves (`pytest bench/bench_products.py`). `use_onednn`
+gives the nn.Linear layers of a model a forward and backward by it. The decision depends on the processor and the shapes
+alone, never on a timing: a resumed run computes the same bits.
 Left out: attention's own products; 16-bit ones, which PyTorch gives to oneDNN already; and compiled graphs.
 """
 

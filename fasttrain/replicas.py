@@ -23,6 +23,7 @@ from .ops.adamw import global_norm
 from .state import TrainState, Window
 from .utils import unwrap
 
+
 class Spread(Protocol):
     """What differs between one process and several."""
 

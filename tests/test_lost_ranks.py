@@ -19,7 +19,8 @@ TIMEOUT = 3.0
 
 
 def struck(folder: Path, rank: int, place: str, number: int, parallel: str) -> None:
-    """One campaign: the signal (0: an error in the backward), what the survivor says and leaves behind, and a restart that finishes the run."""
+    """One campaign: the signal (0: an error in the backward), what the survivor says and leaves behind, and a restart
+    that finishes the run."""
     ranks = start(2, folder, f"doomed-{parallel}", DOOM=f"{rank} {place} {number}", FASTTRAIN_RANK_TIMEOUT=str(TIMEOUT))
     survivor = ranks[1 - rank]
     begun = time.monotonic()
