@@ -183,13 +183,6 @@ def eval_batches(data: Any, max_batches: int) -> int | None:
     return min(longest, max_batches) if max_batches else longest
 
 
-def check_alone(team: Team, name: str) -> None:
-    """Refuses what is written for one process."""
-    if not team.is_alone:
-        raise ValueError(f"{name}() compares runs of one process, and there are {team.world_size} ranks; call it "
-                         "without torchrun")
-
-
 def check_limits(config: TrainConfig) -> None:
     """Refuses a run that would never end."""
     if not (config.max_steps or config.max_epochs or config.max_tokens or config.max_seconds):

@@ -97,6 +97,8 @@ def cut(whole: Tensor | Pieces, start: tuple[int, ...], shape: tuple[int, ...]) 
 def part_like(whole: Tensor | Pieces, like: Tensor) -> Tensor:
     """Of the whole tensor, what a rank holds of `like`, copied to its device and in the whole's type: as a DTensor laid
     out as `like` is, or whole where that is a plain tensor."""
+    if is_shard(whole):  # laid out so already
+        return cast(Tensor, whole).to(like.device, copy=True)
     part = cut(whole, *box_of(like)).to(like.device, copy=True).contiguous()
     return spread_like(part, like) if is_shard(like) else part
 
@@ -117,8 +119,9 @@ def first_element(tensor: Tensor) -> int:
 
 @torch.no_grad()
 def overwrite(target: Tensor, whole: Tensor | Pieces) -> None:
-    """Copies the whole tensor's values into `target` in place, of a spread one this rank's part."""
-    local(target).copy_(cut(whole, *box_of(target)))
+    """Copies the whole tensor's values into `target` in place, of a spread one this rank's part. What is spread itself
+    lies as `target` does."""
+    local(target).copy_(local(whole) if is_shard(whole) else cut(whole, *box_of(target)))
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ from .throughput import flops_per_token, peak_flops
 from .tokenization import tokenizer_from_dict
 from .training_loop import Parts, settle
 from .tuning import tune
-from .utils import Interruption, PhaseClock, format_duration, rank_seed, seed_all, unwrap
+from .utils import Interruption, PhaseClock, format_duration, preserve_rng, rank_seed, seed_all, unwrap
 from .verification import Verification, verify_batch_math, verify_resume
 
 __all__ = ["TrainResult", "Trainer"]
@@ -213,18 +213,24 @@ class Trainer:
                          num_eval_batches=assembly.eval_batches(self.val_dataloader, config.eval_max_batches))
 
     def verify_resume(self, steps: int = 4) -> Verification:
-        """Proves on this model and data that a resumed run is the same run, bit for bit; puts everything back."""
-        assembly.check_alone(self.team, "verify_resume")
-        return self._told(verify_resume(self._built_state(), self._resolved(), self._parts(), steps))
+        """Proves on this model and data that a resumed run is the same run, bit for bit; puts everything back. All
+        ranks call it, and get the same."""
+        state = self._built_state()
+        parts = dataclasses.replace(self._parts(), reduce=self.spread.reduce, norm=self.spread.norm)
+        return self._told(verify_resume(state, self._resolved(), parts, steps, self.checkpoint_dir))
 
     def verify_batch_math(self, num_parts: int = 0) -> Verification:
-        """Proves on this model and the first training batch that micro-batches give the gradients of the whole."""
-        assembly.check_alone(self.team, "verify_batch_math")
-        batches = peek_batches(self.train_dataloader or (), 1)
+        """Proves on this model and the first training batch that micro-batches give the gradients of the whole, those
+        that several ranks compute included."""
+        state = self._built_state()
+        with preserve_rng():
+            seed_all(self.config.seed)  # ranks that shuffle draw alike
+            batches = peek_batches(self.train_dataloader or (), 1)
         if not batches:
             raise ValueError("verify_batch_math() needs a train_dataloader that yields a batch and can be read again")
         tolerance = 1e-4 if self.amp.dtype == torch.float32 else 5e-2
-        return self._told(verify_batch_math(self.model, self.loss_fn or batch_loss, batches[0], num_parts=num_parts,
+        loss = self.spread.loss(self.loss_fn or batch_loss, alone=True)
+        return self._told(verify_batch_math(state, self.spread, loss, batches[0], num_parts=num_parts,
                                             autocast=self.amp.autocast, tolerance=tolerance))
 
     def _told(self, outcome: Verification) -> Verification:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tiny_runs import LENGTH, VOCAB, plain_loader, tiny_trainer, token_loader, tokens
+from tiny_runs import LENGTH, VOCAB, copy_of, plain_loader, tiny_trainer, token_loader, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +36,7 @@ from fasttrain.profiling import Norms
 from fasttrain.screens import screen_for
 from fasttrain.shards import gathered
 from fasttrain.state import TrainState
+from fasttrain.verification import first_difference
 
 ROOT = Path(__file__).parent.parent
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -363,6 +364,54 @@ def doomed(parallel: str) -> dict[str, Tensor]:
     return {"step": torch.tensor([result.step, result.tokens_seen])}
 
 
+class Forgetful(GPT):
+    """Has state on the last rank that no checkpoint can see."""
+
+    calls = 0
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        self.calls += RANK == WORLD - 1
+        return super().forward(*args, **options) * (1 + 0.1 * self.calls)
+
+
+def mean_instead_of_sum(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    from fasttrain.losses import batch_loss
+
+    loss_sum, count = batch_loss(model, batch)
+    return loss_sum / count, count
+
+
+def verified(parallel: str) -> dict[str, Tensor]:
+    """Both proofs before a run and inside it, which they leave as it was; then with faults, which all ranks see."""
+    torch.manual_seed(123)
+    settings: dict[str, Any] = {"parallel": parallel, "grad_accum_steps": 2, "optimizer_state_dtype": "int8"}
+    trainer = tiny_trainer(FOLDER / f"verified-{parallel}", plain_loader(7), gpt(64, dropout=0.2), callbacks=[EMA(0.9)],
+                           max_steps=3, **settings)
+    trainer.progress.stream = io.StringIO()
+    for _ in range(2):
+        state = trainer._built_state()
+        before = copy_of(gathered(state.capture(), keep=True))
+        resumed = trainer.verify_resume(steps=3)
+        assert resumed.ok and f"3 steps on {WORLD} ranks" in resumed.summary, resumed
+        assert "the same 12 batches" in resumed.summary, resumed
+        math = trainer.verify_batch_math()
+        assert math.ok and f"2 micro-batches on {WORLD} ranks" in math.summary, math
+        different = first_difference(before, copy_of(gathered(state.capture(), keep=True)))
+        assert not different, different
+        trainer.train()
+    assert not list((FOLDER / f"verified-{parallel}").glob(".inflight-*"))
+    config = GPTConfig(vocab_size=VOCAB, num_layers=1, num_heads=2, hidden_size=16, max_seq_len=LENGTH)
+    lost = tiny_trainer(None, token_loader(7), Forgetful(config), **settings).verify_resume()
+    assert not lost.ok and lost.summary.startswith("rank 0: model."), lost
+    wrong = tiny_trainer(None, token_loader(7), gpt(), loss_fn=mean_instead_of_sum, **settings).verify_batch_math()
+    assert not wrong.ok and wrong.first_difference == next(name for name, _ in gpt().named_parameters()), wrong
+    divided = [((x + RANK) % VOCAB, y) for x, y in ragged(3)]  # each rank has another first batch
+    own = tiny_trainer(None, divided, gpt(), **settings).verify_batch_math()
+    targets = int((divided[0][1] != -100).sum())
+    assert own.ok and f"one batch of {WORLD * targets} targets" in own.summary, own
+    return {"told": torch.tensor([ord(letter) for letter in lost.summary])}
+
+
 def paced(parallel: str) -> dict[str, Tensor]:
     """A run in FOLDER/paced whose last rank computes 30 ms longer in each micro-batch; what rank 0 showed is in
     FOLDER/paced.txt."""
@@ -412,6 +461,7 @@ CASES: dict[str, Callable[[str], dict[str, Tensor]]] = {
     "link": link,
     "doomed": doomed,
     "paced": paced,
+    "verified": verified,
 }
 
 

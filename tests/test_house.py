@@ -88,8 +88,8 @@ LEVELS = [
         "spikes",
     },
     {"training_loop", "assembly", "sharding", "retention", "capsule", "export", "step_memory"},
-    {"parallel", "preflight", "verification", "saver", "tuning", "planned_model"},
-    {"summary", "report", "session", "plan"},
+    {"parallel", "preflight", "saver", "tuning", "planned_model"},
+    {"summary", "report", "session", "plan", "verification"},
     {"trainer"},
     {"cli"},
 ]

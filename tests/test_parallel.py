@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     for world_size, names in ((2, [*TWO, "sent_in_backward-ddp"]), (4, FOUR)):
         (folder / str(world_size)).mkdir()
-        more = ["paced-ddp"] if world_size == 2 else []
+        more = ["paced-ddp", "verified-ddp", "verified-fsdp"] if world_size == 2 else []
         finish(start(world_size, folder / str(world_size), *names, *more))
     return folder
 
@@ -80,6 +80,11 @@ def test_a_signal_to_one_rank_ends_all_at_that_step(results: Path) -> None:
 
 def test_a_step_that_is_infinite_on_one_rank_is_skipped_on_all(results: Path) -> None:
     assert load_file(results / "2" / "nonfinite-fsdp.safetensors")["figures"][4] > 0
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_proofs_hold_on_two_ranks_and_all_ranks_hear_of_a_fault(results: Path, parallel: str) -> None:
+    assert load_file(results / "2" / f"verified-{parallel}.safetensors")["told"].numel()
 
 
 def test_records_tell_each_ranks_pace_and_name_the_one_that_the_others_wait_for(results: Path) -> None:
