@@ -3,10 +3,10 @@
 Parameters come from the real model built without memory, activations from running its micro-batch on fake tensors
 (step_memory.py), optimizer states from AdamW's own layout, communication from the ring algorithms' formulas. What is
 not run is a model and is called one: the parameters that fully_shard holds gathered, the loss's workspace, and the
-headroom for the driver, the communication library and fragmentation. One micro-batch a step is assumed. Left out:
-pipelines, tensor and context parallelism, and time.
+headroom for the driver, the communication library and fragmentation. Left out: pipelines, tensor and context
+parallelism, and time.
 
-Legend: P bytes of the parameters, G of their gradients, n ranks, g ranks of a node, m nodes.
+Legend: P bytes of the parameters, G of their gradients, k micro-batches of a step, n ranks, g ranks of a node, m nodes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from .ops._adamw_moments import new_moments
 from .ops._linear_chunks import rows_per_chunk
 from .planned_model import PlannedModel, planned_model
-from .products import _SLICE_BYTES, onednn_advantage
+from .products import _SLICE_BYTES, MIN_MULTIPLICATIONS, onednn_advantage
 from .step_memory import StepMemory, trace_step
 from .utils import format_bytes, format_count
 
@@ -48,10 +48,11 @@ class Setting:
     master: bool = False
     fused_loss: bool = True
     headroom: float = 0.1
+    grad_accum_steps: int = 1
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        for name in ("num_gpus", "batch_size", "seq_len", "gpus_per_node", "memory_bytes"):
+        for name in ("num_gpus", "batch_size", "seq_len", "gpus_per_node", "memory_bytes", "grad_accum_steps"):
             if getattr(self, name) <= 0:
                 flag = {"num_gpus": "gpus", "batch_size": "batch", "memory_bytes": "memory"}.get(name, name)
                 raise ValueError(f"{flag} is {getattr(self, name)}; it must be positive")
@@ -76,9 +77,11 @@ class Row:
     optimizer: int
     gathered: int
     """What fully_shard holds whole at one time: parameters outside of the blocks, two blocks, one block's buffer, and
-    the gradients of a block and of what is outside."""
+    the gradients of a block and of what is outside. With several micro-batches, the gradients of the whole model, until
+    the last one sums them, and where that is more than the activations leave free, all parameters."""
     activations: int
-    """Peak of forward and backward beside all others: activations, logits, casts, temporaries, the loss's workspace."""
+    """What the worst moment of forward and backward takes beside all others: activations, logits, casts, temporaries,
+    the loss's workspace. The gradients of a step's only micro-batch come when activations go."""
     sent: int
     """Bytes that a rank sends in a step, by ring algorithms."""
 
@@ -121,43 +124,59 @@ class Plan:
         over = ranks.get(strategy, 1)
         local = [(sharded_numel(shape, over), math.prod(shape)) for shape in self.model.shapes]
         held = sum(numel for numel, _ in local) * item
-        block, outside = self.model.largest_block * item, self.model.outside_blocks * item
+        activations = self.trace(recompute, setting, first=over == 1 and setting.grad_accum_steps == 1).peak
         return Row(strategy, recompute, weights=held, gradients=held,
                    optimizer=sum(optimizer_bytes(numel, whole, setting) for numel, whole in local),
-                   gathered=(4 * block + 2 * outside) if over > 1 else 0,
-                   activations=self.trace(recompute, setting).peak,
+                   gathered=self.gathered(activations, setting) if over > 1 else 0, activations=activations,
                    sent=self.sent(strategy, setting))
 
-    def trace(self, recompute: str, setting: Setting) -> StepMemory:
-        """The micro-batch on fake tensors."""
+    def gathered(self, activations: int, setting: Setting) -> int:
+        """Of fsdp and hsdp, see Row."""
+        item = _DTYPES[setting.weights].itemsize
+        block, outside = self.model.largest_block * item, self.model.outside_blocks * item
+        if setting.grad_accum_steps == 1:
+            return 4 * block + 2 * outside
+        # Between two micro-batches all parameters lie whole; in the next forward they go as its activations come.
+        whole = self.model.num_parameters * item
+        return whole + max(3 * block + outside, whole - activations)
+
+    def trace(self, recompute: str, setting: Setting, first: bool = False) -> StepMemory:
+        """The micro-batch on fake tensors, `first`: the one that makes the gradients."""
         autocast = _DTYPES[setting.precision] if setting.precision != setting.weights else None
-        key = recompute, setting.batch_size, setting.seq_len, setting.weights, autocast, setting.fused_loss
+        key = recompute, setting.batch_size, setting.seq_len, setting.weights, autocast, setting.fused_loss, first
         if key not in self._traced:
             build = functools.partial(self.model.build, _DTYPES[setting.weights], setting.seq_len)
             self._traced[key] = trace_step(build, setting.batch_size, setting.seq_len, recompute=recompute,
                                            autocast=autocast, fused_loss=setting.fused_loss,
-                                           workspace=self.workspace(setting))
+                                           workspace=self.workspace(setting), first=first)
         return self._traced[key]
 
     def workspace(self, setting: Setting) -> int:
-        """What the fused loss allocates inside itself: a chunk of logits, and for 16-bit weights a float32 sum of the
-        head's gradient."""
+        """What the fused loss allocates inside itself, see ops/_linear_chunks.py: a chunk of logits and its product
+        with the weight; for products of another type than the weights', copies of both factors and a chunk's part of
+        the gradient; for 16-bit weights, a float32 sum of that. And oneDNN's slices, with the copy that it makes of
+        one, and the result of the one before."""
         if not setting.fused_loss:
             return 0
-        item = _DTYPES[setting.precision].itemsize if setting.device != "cpu" else 4
-        tokens = setting.batch_size * setting.seq_len
-        chunk = rows_per_chunk(tokens, self.model.vocab_size, item, setting.device) * self.model.vocab_size * item
-        wide = 4 * self.model.vocab_size * self.model.hidden_size if setting.weights != "float32" else 0
-        products = 2 * _SLICE_BYTES if setting.device == "cpu" and onednn_advantage()[0] else 0
-        return chunk + wide + products
+        V, D, on_cpu = self.model.vocab_size, self.model.hidden_size, setting.device == "cpu"
+        narrow = setting.precision == "bfloat16" if setting.precision != setting.weights or not on_cpu else False
+        item = 2 if narrow else 4
+        rows = rows_per_chunk(setting.batch_size * setting.seq_len, V, item, setting.device)
+        copied = (V + rows) * D * item if narrow != (setting.weights == "bfloat16") else 0
+        wide = 4 * V * D if setting.weights != "float32" else 0
+        products = [rows * D * item, V * D * item if narrow and setting.weights == "float32" else 0]
+        if on_cpu and not narrow and rows * V * D >= MIN_MULTIPLICATIONS and onednn_advantage()[0]:
+            step = min(max(_SLICE_BYTES // (4 * max(rows, D)), 128), V)
+            products.append(4 * (2 * rows * step + 2 * step * D + rows * D))
+        return rows * V * item + copied + wide + max(products)
 
     def sent(self, strategy: str, setting: Setting) -> int:
-        """ddp: 2 (n-1)/n G. fsdp: (n-1)/n (2 P_blocks + P_rest + G). hybrid: that with g, and 2 (m-1)/m G/g."""
+        """ddp: 2 (n-1)/n G. fsdp: (n-1)/n ((k + 1) P_blocks + P_rest + G). hybrid: that with g, and 2 (m-1)/m G/g."""
         item, n, g = _DTYPES[setting.weights].itemsize, setting.num_gpus, setting.gpus_per_node
         P, outside = self.model.num_parameters * item, self.model.outside_blocks * item
 
         def sharded(ranks: int) -> float:
-            return (ranks - 1) / ranks * (2 * (P - outside) + outside + P)
+            return (ranks - 1) / ranks * ((setting.grad_accum_steps + 1) * (P - outside) + outside + P)
 
         if strategy == "ddp":
             return round(2 * (n - 1) / n * P)
@@ -189,12 +208,14 @@ class Plan:
         if now.optimizer_state_dtype != "int8":
             changes.append(("--optimizer-state-dtype int8", {"optimizer_state_dtype": "int8"}))
         if now.batch_size > 1:
-            changes.append((f"--batch {now.batch_size // 2} (and gradient accumulation)",
-                            {"batch_size": now.batch_size // 2}))
+            half, steps = now.batch_size // 2, -(-now.batch_size * now.grad_accum_steps // (now.batch_size // 2))
+            changes.append((f"--batch {half} --grad-accum-steps {steps}",
+                            {"batch_size": half, "grad_accum_steps": steps}))
         tried = [self._tried(name, change) for name, change in changes]
         if changes and not any(fits for fits, _ in tried):
             together = {key: value for _, change in changes for key, value in change.items()}
-            tried.append(self._tried("all of these", {**together, "batch_size": 1}))
+            tried.append(self._tried("all of these, and --batch 1", {
+                **together, "batch_size": 1, "grad_accum_steps": now.batch_size * now.grad_accum_steps}))
         for power in range(1, 13):
             num_gpus = 2 ** power
             if num_gpus > now.num_gpus and (found := self._tried(f"--gpus {num_gpus}", {"num_gpus": num_gpus}))[0]:
@@ -244,7 +265,7 @@ def print_plan(plan: Plan, found: dict[str, Any]) -> None:
     console, setting, model = Console(), plan.setting, plan.model
     console.print(f"{model.name}: {format_count(model.num_parameters)} parameters, {setting.num_gpus} GPUs of "
                   f"{format_bytes(setting.memory_bytes)}, {setting.batch_size} x {setting.seq_len} tokens a GPU "
-                  f"and step", highlight=False)
+                  f"and micro-batch, {setting.grad_accum_steps} of them a step", highlight=False)
     console.print(f"A model, not a measurement. Usable: {format_bytes(setting.usable_bytes)} "
                   f"({setting.headroom:.0%} left for driver, communication and fragmentation).\n", highlight=False)
     rows = found["strategies"]
@@ -302,6 +323,8 @@ class PlanCommand:
     """As in TrainConfig."""
     fused_loss: bool = True
     """The loss from hidden states; off: all the logits."""
+    grad_accum_steps: int = 1
+    """Micro-batches of a step, on each GPU."""
     gpus_per_node: int = 8
     """Ranks that hsdp divides a copy over."""
     headroom: float = 0.1
@@ -314,7 +337,7 @@ class PlanCommand:
                  "intermediate": self.intermediate, "vocab": self.vocab}
         setting = Setting(self.gpus, parse_memory(self.memory), self.batch, self.seq_len, self.gpus_per_node,
                           self.precision, self.weights, self.optimizer_state_dtype, self.master, self.fused_loss,
-                          self.headroom)
+                          self.headroom, self.grad_accum_steps)
         plan = Plan(planned_model(self.model, sizes, self.seq_len), setting)
         found = report(plan)
         if self.json:

@@ -2,8 +2,10 @@
 
 Every storage that forward and backward create is counted from its birth to its death, as Python's and autograd's own
 references decide it, so recomputation, views, casts by autocast and the fused loss are what they are in the real model
-and no formula has to know them. Parameters and gradients exist before and are not counted. What the fused loss takes
-inside itself no trace can see: the caller says it. Left out: other kernels' own memory, and fragmentation.
+and no formula has to know them. Parameters exist before and are not counted, nor are the gradients that an earlier
+micro-batch has made; those that this one makes are there when they are made, which is after the activations' peak. What
+the fused loss takes inside itself no trace can see: the caller says it. Left out: other kernels' own memory, and
+fragmentation.
 
 Legend: B sequences, T positions, D hidden size, V vocabulary.
 """
@@ -34,9 +36,9 @@ class StepMemory(NamedTuple):
     casts: int
     """Of these, autocast's copies of weights."""
     peak: int
-    """Most alive at any moment of forward and backward."""
+    """Most alive at any moment of forward and backward, less what the gradients take at the end."""
     kept: int
-    """Alive after the backward; 0 unless something leaks."""
+    """Alive after the backward beside the gradients; 0 unless something leaks."""
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,7 +80,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *, recompute: str = "none",
                autocast: torch.dtype | None = None, fused_loss: bool = True, workspace: int = 0,
-               fake: bool = True) -> StepMemory:
+               first: bool = False, fake: bool = True) -> StepMemory:
     """Runs one micro-batch of `build()`, a causal language model, and counts.
 
     Args:
@@ -86,6 +88,7 @@ def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *,
         autocast: type of the products, or None for the weights' own.
         fused_loss: from hidden states, without logits; else through (B * T, V) logits and PyTorch's cross-entropy.
         workspace: bytes that the fused loss allocates inside itself, beside all that is alive then.
+        first: the gradients are this micro-batch's to make; False: they exist, and it adds to them.
         fake: on fake tensors; False runs it for real, on the CPU.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports that only this needs
@@ -95,7 +98,7 @@ def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *,
         if recompute != "none":
             _activation_checkpointing(model, recompute)
         for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = None if first else torch.zeros_like(parameter)
         ids = torch.zeros((batch_size, seq_len), dtype=torch.int64)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         known = {tensor.untyped_storage()._cdata for tensor in (ids, *(p.grad for p in model.parameters()))
@@ -107,7 +110,8 @@ def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *,
             with _upstream_of_one():
                 loss.backward()  # type: ignore[no-untyped-call]
             del loss
-        return StepMemory(held, casts, counted.peak, counted.live)
+        made = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None) if first else 0
+        return StepMemory(held, casts, counted.peak - made, counted.live - made)
 
 
 @contextlib.contextmanager
