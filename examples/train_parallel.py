@@ -36,6 +36,6 @@ def main(steps: int, parallel: str, checkpoint_dir: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
-    parser.add_argument("--parallel", default="auto", help="auto, none, ddp, fsdp or hsdp")
+    parser.add_argument("--parallel", default="auto", help="auto, none, ddp, fsdp, fsdp-vocab or hsdp")
     parser.add_argument("--checkpoint-dir", help="where to keep checkpoints; run again to continue")
     main(**vars(parser.parse_args()))

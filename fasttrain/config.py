@@ -42,7 +42,7 @@ Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 StateDtype = Literal["float32", "bfloat16", "int8"]
 NonfinitePolicy = Literal["skip", "stop"]
-Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+Parallel = Literal["auto", "none", "ddp", "fsdp", "fsdp-vocab", "hsdp"]
 FilterOrder = Literal["hf", "llama.cpp", "vllm"]
 PenaltyScope = Literal["auto", "all", "new"]
 EarlyStopping = Literal["first", "heuristic", "never"]
@@ -130,7 +130,8 @@ class TrainConfig:
     """Seed of weights, data order and dropout."""
     parallel: Parallel = "auto"
     """How the model is spread over torchrun's processes. ddp: each holds all of it; fsdp: a part of every parameter,
-    gradient and moment; hsdp: fsdp within a machine; none: each process by itself; auto: ddp where it fits."""
+    gradient and moment; fsdp-vocab: and of the head's classes, which are never gathered; hsdp: fsdp within a machine;
+    none: each process by itself; auto: ddp where it fits."""
 
     def __post_init__(self) -> None:
         _check_types(self)

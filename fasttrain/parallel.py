@@ -3,6 +3,7 @@
     ddp     every rank holds the whole model; gradients are summed once a step, behind the backward (replicas.py).
     fsdp    each rank holds rows of every parameter, gradient and moment; a block's parameters are gathered before it
             runs, and its gradients summed into their rows behind it (sharding.py).
+    fsdp-vocab  fsdp whose head is not gathered: each rank scores all tokens against its classes (sharded_head.py).
     hsdp    fsdp among the processes of a machine, with a copy on each machine.
 
 Left out: pipelines, and tensor and sequence parallelism.
@@ -74,7 +75,7 @@ def repointed(optimizer: Any, before: Sequence[tuple[str, nn.Parameter]], model:
 
 
 def choose(parallel: str, team: Team, model: nn.Module) -> tuple[str, str]:
-    """(none, ddp, fsdp or hsdp; why) for `TrainConfig.parallel`."""
+    """(none, ddp, fsdp, fsdp-vocab or hsdp; why) for `TrainConfig.parallel`."""
     if team.is_alone:
         return "none", "one process"
     if parallel != "auto":

@@ -28,7 +28,7 @@ class Spread(Protocol):
     """What differs between one process and several."""
 
     name: str
-    """none, ddp, fsdp or hsdp."""
+    """none, ddp, fsdp, fsdp-vocab or hsdp."""
 
     def loss(self, inner: LossFunction, *, alone: bool = False) -> LossFunction:
         """The loss of a micro-batch; `alone`: outside of a step, for a trial."""

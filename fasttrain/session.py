@@ -57,7 +57,7 @@ class Session:
             self.root, self.plain_config, log=self.progress.log, team=team)
         for kind in (JsonlLogger, NonfiniteRecorder, MemoryBound):
             # The recorder computes the step again, which takes all ranks where the weights are spread.
-            if not (kind is NonfiniteRecorder and self.spread.name in ("fsdp", "hsdp")) and \
+            if not (kind is NonfiniteRecorder and self.spread.name not in ("none", "ddp")) and \
                     not any(isinstance(callback, kind) for callback in self.callbacks):
                 own.append(kind())
         every = [*self.callbacks, *own, *([self.saver] if self.saver else []), self.progress]

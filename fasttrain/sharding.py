@@ -1,4 +1,4 @@
-"""fsdp and hsdp: every parameter, gradient and moment spread over ranks by PyTorch's fully_shard, a block at a time.
+"""fsdp and its kin: every parameter, gradient and moment spread over ranks by PyTorch's fully_shard, by blocks.
 
 The root that is sharded is not the model but a module that calls any function with it: whatever the function does (a
 loss from the head's weight, an evaluation, a text), what lies outside of the blocks is there for as long as it runs.
@@ -20,18 +20,19 @@ from torch import Tensor, nn
 
 from .dealing import blank
 from .distributed import Team
-from .losses import LossFunction
+from .losses import LossFunction, batch_loss
 from .meta_init import is_on_meta
 from .ops.adamw import AdamW, Shard, global_norm
 from .optimizations import repeated_blocks
 from .replicas import Spread, Whole, loss_of, share_weights, sum_losses
+from .sharded_head import ShardedHead
 from .shards import first_element, is_shard, local
 from .state import TrainState
 from .utils import unwrap
 
 
 class Shards(Whole):
-    """fsdp and hsdp.
+    """fsdp, fsdp-vocab (whose head stays cut: sharded_head.py) and hsdp.
 
     Args:
         accumulated: micro-batches of a step; gradients are summed over ranks in the backward of the last.
@@ -49,9 +50,11 @@ class Shards(Whole):
             share_weights(team, inner)
         mesh, self._groups = _mesh(team, name)
         blocks = repeated_blocks(inner)
+        self._head = ShardedHead(team, model, mesh) if name == "fsdp-vocab" else None
         for block in blocks:
             fully_shard(block, mesh=mesh)
-        self._root: Any = fully_shard(_Root(model), mesh=mesh)
+        kept = None if self._head is None else self._head.parameters
+        self._root: Any = fully_shard(_Root(model), mesh=mesh, ignored_params=kept)
         sharded: list[Any] = [self._root, *blocks]
         for module in sharded:
             module.set_gradient_divide_factor(1.0)
@@ -65,6 +68,10 @@ class Shards(Whole):
         self._state: TrainState | None = None
 
     def loss(self, inner: LossFunction, *, alone: bool = False) -> LossFunction:
+        if self._head is not None and inner is not batch_loss:
+            raise ValueError("parallel='fsdp-vocab' computes the next-token loss, and loss_fn is the user's own; use "
+                             "parallel='fsdp', or leave loss_fn out")
+
         def loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             window = None if self._state is None else self._state.window
             return self._passed(inner, batch, alone or window is None or window.is_last_pass(self._accumulated))
@@ -94,7 +101,8 @@ class Shards(Whole):
 
     def within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return self._root(lambda _: function(*args, **kwargs))
+            with contextlib.nullcontext() if self._head is None else self._head.whole():
+                return self._root(lambda _: function(*args, **kwargs))
         finally:
             self._root.reshard()  # no backward will
 
@@ -104,7 +112,9 @@ class Shards(Whole):
         root.set_reshard_after_backward(last)  # inner micro-batches keep the parameters gathered
         root.set_is_last_backward(last)
         self._summed = last
-        sums: tuple[Tensor, Tensor] = root(lambda model: loss_of(inner, model, batch))
+        head = self._head
+        sums: tuple[Tensor, Tensor] = root(
+            lambda model: loss_of(inner, model, batch) if head is None else head.loss(model, batch))
         return sums
 
 
@@ -141,7 +151,17 @@ class _Scattering:
                  async_op: bool = False) -> Any:
         self._team.bytes += input_tensor.nbytes
         with self._team.calling("summing gradients"):
+            if input_tensor.is_cpu and op == dist.ReduceOp.SUM:
+                return _scatter_sum(output_tensor, input_tensor, group)
             return _SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+def _scatter_sum(output: Tensor, whole: Tensor, group: Any) -> None:
+    """gloo's reduce-scatter is an all-reduce of everything, twice the bytes: each rank is sent its part of the others'
+    instead, and adds them up, in the order of the ranks."""
+    parts = torch.empty_like(whole)
+    dist.all_to_all_single(parts, whole, group=group)
+    torch.sum(parts.view(dist.get_world_size(group), -1), 0, out=output.view(-1))
 
 
 def _allocated(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -178,7 +198,7 @@ def _mesh(team: Team, name: str) -> tuple[Any, list[Any]]:
     """(the device mesh, the groups over which the parts of one whole are spread)."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    if name == "fsdp":
+    if name != "hsdp":
         mesh = init_device_mesh(team.device.type, (team.world_size,))
         return mesh, [mesh.get_group()]
     size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

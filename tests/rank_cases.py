@@ -41,6 +41,7 @@ from fasttrain.verification import first_difference
 ROOT = Path(__file__).parent.parent
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
+SMALLEST_BUCKET = 256  # bytes: models this small would have one bucket otherwise
 
 
 def gpt(hidden: int = 16, **options: Any) -> GPT:
@@ -195,8 +196,10 @@ class Unfreeze(Callback):
 
 def odd(parallel: str, model: Odd | None = None) -> dict[str, Tensor]:
     model = model or Odd()
+    gradient_buckets.SMALLEST_BUCKET = 5000  # some buckets with two of those
     found = train(parallel, token_loader(7), model, callbacks=[Unfreeze()],
                   optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2))
+    gradient_buckets.SMALLEST_BUCKET = SMALLEST_BUCKET
     return found
 
 
@@ -255,10 +258,10 @@ def sampled(parallel: str) -> dict[str, Tensor]:
     return {"text": torch.tensor([ord(letter) for letter in text])}
 
 
-def on_meta(parallel: str) -> dict[str, Tensor]:
+def on_meta(parallel: str, **options: Any) -> dict[str, Tensor]:
     """Built without memory; the weights are those of its own initialisation, whoever makes which part."""
     with torch.device("meta"):
-        model = gpt()
+        model = gpt(**options)
     return train(parallel, token_loader(7), model, seed=5, max_steps=2)
 
 
@@ -442,6 +445,11 @@ CASES: dict[str, Callable[[str], dict[str, Tensor]]] = {
     "recomputed": lambda parallel: train(parallel, token_loader(7), activation_checkpointing="full"),
     "amp": lambda parallel: train(parallel, token_loader(7), precision="bfloat16"),
     "compiled": lambda parallel: train(parallel, token_loader(7), compile=True, max_steps=2),
+    "untied": lambda parallel: train(parallel, ragged(), gpt(tie_embeddings=False), val_dataloader=ragged(3),
+                                     callbacks=[EMA(0.9)]),
+    "untied_few": lambda parallel: train(parallel, ragged(1), gpt(tie_embeddings=False), max_steps=0, max_epochs=3,
+                                         val_dataloader=ragged(1)),
+    "untied_meta": lambda parallel: on_meta(parallel, tie_embeddings=False),
     "one_micro_batch": lambda parallel: train(parallel, token_loader(7), micro_batches=2),
     "few_batches": lambda parallel: train(parallel, ragged(1), max_steps=0, max_epochs=3, val_dataloader=ragged(1)),
     "stopped": lambda parallel: train(parallel, token_loader(7), callbacks=[StopOnLastRank(3)]),
@@ -467,7 +475,7 @@ CASES: dict[str, Callable[[str], dict[str, Tensor]]] = {
 
 def case(name: str) -> dict[str, Tensor]:
     """'ragged-fsdp' -> that run."""
-    stem, _, parallel = name.rpartition("-")
+    stem, _, parallel = name.partition("-")
     return CASES[stem](parallel)
 
 
@@ -577,14 +585,14 @@ def finish(ranks: Sequence[Rank], timeout: float = 120.0) -> None:
 @functools.cache
 def alone(name: str) -> dict[str, Tensor]:
     """The same run in this process."""
-    return case(name.rpartition("-")[0] + "-auto")
+    return case(name.partition("-")[0] + "-auto")
 
 
 def main(arguments: Sequence[str]) -> int:
     global FOLDER, WORLD, RANK
     WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     FOLDER = Path(arguments[0])
-    gradient_buckets.SMALLEST_BUCKET = 256  # models this small would have one
+    gradient_buckets.SMALLEST_BUCKET = SMALLEST_BUCKET
     for each in arguments[1:]:
         outcome = case(each)
         if RANK == 0:

@@ -25,9 +25,10 @@ TWO = [f"{name}-{parallel}" for parallel in ("ddp", "fsdp")
        for name in ("tokens", "plain", "ragged", "recomputed", "few_batches", "stopped", "nonfinite", "foreign", "int8",
                     "sampled")]
 TWO += ["one_micro_batch-ddp", "global_batch-ddp", "bf16_moments-fsdp", "amp-fsdp", "meta-fsdp", "meta-ddp"]
+TWO += ["untied-fsdp-vocab", "untied_few-fsdp-vocab", "untied_meta-fsdp-vocab"]
 TWO += ["norms-fsdp", "signalled-fsdp", "odd-ddp", "twice-ddp", "short_of_memory-ddp"]
 COMPILED = ["compiled-ddp", "compiled-fsdp"]
-FOUR = ["ragged-ddp", "odd-ddp", "norms-hsdp"]
+FOUR = ["ragged-ddp", "odd-ddp", "norms-hsdp", "untied-fsdp-vocab"]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,10 @@ def compare(folder: Path, name: str) -> None:
     loose = name.startswith(("amp", "int8", "bf16", "compiled"))
     for key, tensor in want.items():
         exact = name == "one_micro_batch-ddp" and key != "figures"  # a + b has one value
+        # Products of other shapes, over a gradient that is nearly nothing: Adam shows it in a weight (not in moments).
+        weights = name.startswith("untied") and key.startswith("model/")
         close = torch.allclose(got[key].double(), tensor.double(), rtol=0 if exact else 2e-3 if loose else 1e-5,
-                               atol=0 if exact else 2e-4 if loose else 2e-6)
+                               atol=0 if exact else 2e-4 if loose else 3e-5 if weights else 2e-6)
         assert close, f"{key}: {(got[key].double() - tensor.double()).abs().max()}"
 
 
