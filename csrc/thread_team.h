@@ -1,6 +1,6 @@
-// A few threads that do short pieces of work one after the other, microseconds apart: they wait spinning at first, and
-// asleep when nothing comes. The caller is thread 0. Many barriers a token are too many for a pool that wakes its
-// threads through the kernel each time.
+// A few threads that do pieces of one piece of work and meet many times in it, microseconds apart. They are PyTorch's
+// own: threads of another pool would fight with those for the cores, which spin for milliseconds after each of its
+// operations (11 ms a token instead of 22 on two cores, when Python looks at the logits in between).
 #pragma once
 
 #include <unistd.h>
@@ -8,9 +8,10 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
-#include <stdexcept>
 #include <thread>
 #include <vector>
+
+#include <torch/csrc/stable/ops.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -18,32 +19,22 @@
 
 namespace fasttrain {
 
+inline const pid_t kLoader = getpid();  // the process that loaded this library
+
 class ThreadTeam {
  public:
-  explicit ThreadTeam(int size) : size_(size) {
-    for (int i = 1; i < size; ++i) workers_.emplace_back([this, i] { serve(i); });
-  }
-  ~ThreadTeam() {
-    if (getpid() != owner_) {  // a forked child has this object but none of its threads
-      for (std::thread& worker : workers_) worker.detach();
-      return;
-    }
-    work_ = nullptr;
-    announce();
-    for (std::thread& worker : workers_) worker.join();
-  }
+  explicit ThreadTeam(int size) : size_(size) {}
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
 
   int size() const { return size_; }
 
-  // Runs work(i) on every thread i and returns when all are done. `work` must not throw.
+  // Runs work(i) for every i < size(), all of them at once, and returns when all are done. `work` must not throw.
   void run(const std::function<void(int)>& work) {
-    if (getpid() != owner_) throw std::runtime_error("a decoder made before a fork cannot run in the child; make it anew there");
-    work_ = &work;
-    announce();
-    work(0);
-    barrier();
+    if (getpid() != kLoader) return run_several(0, size_, work);  // after a fork PyTorch's threads are the parent's
+    torch::stable::parallel_for(0, size_, 1, [&](std::int64_t begin, std::int64_t end) {
+      run_several(static_cast<int>(begin), static_cast<int>(end), work);
+    });
   }
 
   // Inside `work`: nobody goes on before everybody is here.
@@ -62,6 +53,14 @@ class ThreadTeam {
  private:
   static constexpr int kSpins = 20000;  // some 200 microseconds; then the kernel is asked
 
+  // PyTorch gives a thread several parts where it has fewer threads: those that are missing are started for the moment.
+  static void run_several(int begin, int end, const std::function<void(int)>& work) {
+    std::vector<std::thread> missing;
+    for (int i = begin + 1; i < end; ++i) missing.emplace_back([&work, i] { work(i); });
+    work(begin);
+    for (std::thread& thread : missing) thread.join();
+  }
+
   static void pause() {
 #if defined(__x86_64__)
     _mm_pause();
@@ -76,26 +75,9 @@ class ThreadTeam {
     while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
   }
 
-  void announce() {
-    task_.fetch_add(1, std::memory_order_release);
-    task_.notify_all();
-  }
-
-  void serve(int index) {
-    for (std::uint32_t seen = 0;; ++seen) {
-      wait_for_change(task_, seen);
-      if (work_ == nullptr) return;
-      (*work_)(index);
-      barrier();
-    }
-  }
-
   const int size_;
-  const pid_t owner_ = getpid();
-  const std::function<void(int)>* work_ = nullptr;
-  std::atomic<std::uint32_t> task_{0}, phase_{0};
+  std::atomic<std::uint32_t> phase_{0};
   std::atomic<int> arrived_{0};
-  std::vector<std::thread> workers_;
 };
 
 }  // namespace fasttrain

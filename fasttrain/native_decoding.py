@@ -13,7 +13,6 @@ Shapes: B rows, V vocabulary, D hidden size, H query heads, K key/value heads, E
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,9 +145,8 @@ def _prepared(model: nn.Module, decoder: LlamaWeights, weight_dtype: WeightDtype
     memory = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
     counted = not any(tensor.is_inference() for tensor in tensors)
     versions = tuple(tensor._version for tensor in tensors) if counted else None
-    # A forked process has no threads of its parent's.
     shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-    key = (os.getpid(), wanted, threads, shapes, tuple(memory), versions)
+    key = (wanted, threads, shapes, tuple(memory), versions)
     known = _PREPARED.get(model)
     if known is not None and known.key == key:
         parts = [known.checked % _PARTS] if counted else range(_PARTS)
