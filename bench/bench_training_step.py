@@ -59,6 +59,7 @@ def race(name: str, label: str, rounds: int, contenders: tuple[str, ...] = CONTE
         peak = max(run["peak_mib"] for run in runs[key])
         rows[key] = Row(name, label + part, key, p20, p50, p80, p50 / medians["fasttrain"][1], peak)
         print(rows[key])
+        print(*(f"  {line}" for line in runs[key][0]["decisions"] if "->" in line), sep="\n")
     ROWS.extend(rows.values())
     return rows
 
@@ -71,3 +72,13 @@ def test_training_step(benchmark: Any, model: str, vocab: int) -> None:
     race("training step, a process for each (peak is the whole process)", size, rounds, model=model, vocab=vocab,
          steps=steps)
     benchmark.pedantic(lambda: None, rounds=1)  # the figures are the processes'; this makes it appear in the listing
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt"])
+def test_auto(benchmark: Any, model: str) -> None:
+    """What optimize="auto" decides on a model of 14 M parameters, and whether the run is then faster and the same."""
+    rounds, vocab = int(os.environ.get("FASTTRAIN_BENCH_ROUNDS", "1")), 4096
+    size = f"{model} V={vocab} 8x256 tokens, {torch.get_num_threads()} threads"
+    race('optimize="auto", a process for each', size, rounds, ("hand-written", "auto", "fasttrain"), model=model,
+         vocab=vocab, steps=12, skip=4)
+    benchmark.pedantic(lambda: None, rounds=1)

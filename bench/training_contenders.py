@@ -3,9 +3,9 @@
     python -m bench.training_contenders --contender fasttrain --model llama --steps 6
 
 Contenders: a hand-written PyTorch loop (fused AdamW, clipping), the Trainers of transformers and Lightning, fasttrain,
-`gemm`: nothing but the step's matrix products, under fasttrain's memory policy, and `bare`: forward and backward
-without a loop around them. All train the same weights on the
-same batches with the same optimizer, so their losses must agree.
+`auto`: fasttrain with optimize="auto", `gemm`: nothing but the step's matrix products, under fasttrain's memory policy,
+and `bare`: forward and backward without a loop around them. All train the same weights on the same batches with the
+same optimizer, so their losses must agree.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Stopwatch:
         self.ends: list[float] = []
         self.update = [0.0]
         self.losses: list[float] = []
+        self.decisions: list[str] = []
 
     def step(self) -> None:
         self.ends.append(time.perf_counter())
@@ -103,7 +104,7 @@ def run_hand(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None:
         watch.step()
 
 
-def run_fasttrain(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None:
+def run_fasttrain(shape: Shape, kind: str, steps: int, watch: Stopwatch, optimize: Any = "manual") -> None:
     from fasttrain import Callback, TrainConfig, Trainer
 
     class Watch(Callback):
@@ -117,14 +118,20 @@ def run_fasttrain(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None
 
     model, data = shape.model(kind), shape.rows_of_data(steps)
     config = TrainConfig(max_steps=steps, lr=LR, betas=BETAS, weight_decay=DECAY, schedule="constant",
-                         max_grad_norm=CLIP, precision="float32", preflight=False)
+                         max_grad_norm=CLIP, precision="float32", preflight=False, optimize=optimize)
     with tempfile.TemporaryDirectory() as folder:
         import fasttrain.trainer as module
 
         clock = module.PhaseClock()
         module.PhaseClock = lambda: clock  # type: ignore[assignment, misc]
-        Trainer(model=model, train_dataloader=list(data.split(shape.rows)), config=config, checkpoint_dir=folder,
-                callbacks=[Watch()]).train()
+        trainer = Trainer(model=model, train_dataloader=list(data.split(shape.rows)), config=config,
+                          checkpoint_dir=folder, callbacks=[Watch()])
+        trainer.train()
+        watch.decisions = [f"{item.name} {'on' if item.on else 'off'}: {item.reason}" for item in trainer.optimizations]
+
+
+def run_auto(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None:
+    run_fasttrain(shape, kind, steps, watch, "auto")
 
 
 def run_transformers(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None:
@@ -230,7 +237,7 @@ def run_gemm(shape: Shape, kind: str, steps: int, watch: Stopwatch) -> None:
 
 
 RUNS = {"hand-written": run_hand, "transformers": run_transformers, "lightning": run_lightning,
-        "fasttrain": run_fasttrain, "gemm": run_gemm, "bare": run_bare}
+        "fasttrain": run_fasttrain, "auto": run_auto, "gemm": run_gemm, "bare": run_bare}
 
 
 def main() -> None:
@@ -250,7 +257,7 @@ def main() -> None:
         [b - a for a, b in zip(ends[skip - 1:], ends[skip:])]
     peak = status_kib("VmHWM") / 1024
     json.dump({"ms": [1e3 * seconds for seconds in steps], "update_ms": [1e3 * s for s in watch.update[skip:len(ends)]],
-               "peak_mib": peak, "losses": watch.losses}, out)
+               "peak_mib": peak, "losses": watch.losses, "decisions": watch.decisions}, out)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from .utils import format_bytes, format_count, format_duration
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777")
 _PHASE_COLOURS = {"forward_backward": "#2563eb", "optimizer": "#7c3aed", "data": "#dc2626", "transfer": "#ea580c",
                   "eval": "#059669", "save": "#ca8a04", "log": "#64748b", "startup": "#94a3b8", "other": "#cbd5e1"}
+_MANY = 200
+"""Points from which a curve is drawn smoothed, over a faint line of the points themselves."""
 _EVENTS = ("nonfinite", "resume", "rewind", "loss_spike", "out_of_memory", "control", "nonfinite_capsule", "end")
 
 
@@ -169,6 +171,9 @@ def _chart(runs: Sequence[RunFiles], title: str, label: str, curves: Any, logari
             names = [run.name] if curves is None else [run.name + (", validation" if kind == "eval" else "")
                                                        for kind, _, _ in curves]
             for (steps, values), style, name in zip(drawn, styles, names):
+                if len(steps) >= _MANY and style == "-" and title != "Learning rate":
+                    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+                    values = _smoothed(values)
                 if steps:
                     axes.plot(steps, values, style, color=colour, linewidth=1.6, markersize=4, label=name)
             for record in run.records:
@@ -176,8 +181,11 @@ def _chart(runs: Sequence[RunFiles], title: str, label: str, curves: Any, logari
                     axes.axvline(record["step"], color="#dc2626", linewidth=0.7, alpha=0.4)
         axes.set(title=title, xlabel="optimizer step", ylabel=label)
         axes.title.set_fontweight("bold")
-        if logarithmic and any(run.curve("train", "grad_norm")[0] for run in runs):
+        norms = [norm for run in runs for norm in run.curve("train", "grad_norm")[1] if norm > 0]
+        if logarithmic and norms and max(norms) > 10 * min(norms):  # less than a decade has no round numbers to show
             axes.set_yscale("log")
+        if curves is None:
+            axes.yaxis.set_major_formatter(lambda rate, _: format_count(round(rate)))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(axes.get_legend_handles_labels()[0]) > 1:
@@ -190,6 +198,13 @@ def _chart(runs: Sequence[RunFiles], title: str, label: str, curves: Any, logari
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     return svg
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Medians of each point and its neighbours, a hundredth of the points but at most 50: neither late nor led astray
+    by a single spike."""
+    reach = min(25, len(values) // 200)
+    return [statistics.median(values[max(0, at - reach): at + reach + 1]) for at in range(len(values))]
 
 
 def _ledger(runs: Sequence[RunFiles]) -> str:
@@ -290,6 +305,7 @@ section {{ background: white; border: 1px solid var(--line); border-radius: 12px
 h1 {{ margin: 1.4rem 0 0; font-size: 1.7rem; }}  h2 {{ margin: 0 0 .7rem; font-size: 1.1rem; }}
 h3 {{ margin: .8rem 0 .3rem; font-size: .95rem; }}  .runs {{ color: var(--soft); margin: .2rem 0; }}
 .dot {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin: 0 .4em 0 .8em; }}
+.dot:first-child {{ margin-left: 0; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }}
 figure {{ margin: 0; }}  figure svg {{ width: 100%; height: auto; display: block; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}

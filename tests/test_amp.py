@@ -41,7 +41,23 @@ def test_a_cpu_without_bf16_hardware_stays_in_float32_and_says_so(
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("gain", "dtype"), [(1.9, torch.bfloat16), (1.05, torch.float32)])
+@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16),
+                                                   ((7, 5), torch.float16)])
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_gpu_gets_bfloat16_where_it_is_native_and_else_float16_with_a_scaler(
+        monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    policy = choose_policy("auto", True, torch.device("cuda"))
+    assert policy.dtype == dtype and "some GPU" in policy.reason
+    assert policy.needs_scaler == (policy.build_scaler() is not None) == (dtype == torch.float16)
+    named = choose_policy("float16", None, torch.device("cuda"))
+    assert named.dtype == torch.float16 and named.build_scaler() is not None
+    assert choose_policy("bfloat16", None, CPU).build_scaler() is None
+
+
+@pytest.mark.parametrize(("gain", "dtype"), [(1.9, torch.bfloat16), (1.2, torch.bfloat16), (1.05, torch.float32)])
 def test_bf16_hardware_must_also_be_faster(monkeypatch: pytest.MonkeyPatch, gain: float, dtype: torch.dtype) -> None:
     monkeypatch.setattr(amp, "cpu_bf16_features", lambda: ("avx512_bf16",))
     monkeypatch.setattr(amp, "probe_cpu_bf16_gain", lambda: gain)
@@ -93,6 +109,35 @@ def test_a_resume_keeps_the_precision_the_run_was_trained_in(tmp_path: Path, mon
 
 def scaled_state(optimizer: torch.optim.Optimizer, model: Any, batches: Any, scaler: GradScaler | None) -> TrainState:
     return TrainState(model, optimizer, BatchStream(batches), None, scaler)
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_gradients_are_unscaled_once_then_clipped_then_stepped_then_the_scale_moves(accum: int) -> None:
+    calls: list[str] = []
+
+    class Recorded(GradScaler):
+        def scale(self, outputs: Any) -> Any:
+            calls.append("scale")
+            return super().scale(outputs)
+
+        def unscale_(self, optimizer: Any) -> None:
+            calls.append("unscale")
+            super().unscale_(optimizer)
+
+        def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            calls.append(f"step with a norm of {float(gradients.norm()):.4f}")
+            return super().step(optimizer, *args, **kwargs)
+
+        def update(self, new_scale: Any = None) -> None:
+            calls.append("update")
+            super().update(new_scale)
+
+    model = Bigram()
+    state = scaled_state(torch.optim.SGD(model.parameters(), lr=0.1), model,
+                         [(tokens(8).view(1, 8), torch.full((1, 8), 3))], Recorded("cpu", init_scale=64.0))
+    fit(state, TrainConfig(max_steps=2, max_grad_norm=0.05, grad_accum_steps=accum))
+    assert calls == [*["scale"] * accum, "unscale", "step with a norm of 0.0500", "update"] * 2
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -92,3 +92,20 @@ def test_passing_over_goes_across_the_end_of_an_epoch_and_comes_back_from_a_chec
 def test_options_without_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="policy is 'undo'"):
         LossSpike("undo")  # type: ignore[arg-type]
+    for options in ({"threshold": 0.0}, {"warmup_steps": 0}, {"blame_steps": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} 0"):
+            LossSpike(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="saved mean is nan"):
+        LossSpike().load_state_dict({"mean": float("nan"), "spread": 0.0, "seen": 1, "last_judged": 1})
+
+
+def test_what_is_usual_is_the_plain_mean_at_first_and_exponential_later() -> None:
+    guard = LossSpike()
+    for loss in (1.0, 2.0, 6.0):
+        guard._learn(loss)
+    assert guard.mean == pytest.approx(3.0)
+    assert guard.spread == pytest.approx(((2.0 - 1.0) / 2) * 2 / 3 + (6.0 - 1.5) / 3)
+    for _ in range(97):
+        guard._learn(3.0)
+    guard._learn(53.0)
+    assert guard.mean == pytest.approx(3.0 + 0.02 * 50.0)

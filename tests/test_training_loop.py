@@ -36,6 +36,7 @@ from fasttrain.ops.adamw import AdamW
 from fasttrain.schedules import build_scheduler, lr_factor
 from fasttrain.state import TrainState
 from fasttrain.training_loop import Parts, fit
+from fasttrain.utils import PhaseClock
 from fasttrain.verification import first_difference
 
 X = tokens(12 * LENGTH).view(12, LENGTH)
@@ -224,11 +225,37 @@ def test_nothing_but_non_finite_steps_ends_the_run() -> None:
     assert state.step == 100
 
 
+def test_only_non_finite_steps_without_a_good_one_between_are_in_a_row() -> None:
+    state = make_state([batch(0), batch(1)], Poisoned("loss"))
+    assert fit(state, TrainConfig(max_steps=6, max_nonfinite_in_a_row=2)) == "completed"
+    assert (state.step, state.counters.nonfinite_steps) == (6, 3)
+
+
+def test_a_model_left_in_eval_mode_is_trained_in_training_mode() -> None:
+    """As `from_pretrained` leaves it."""
+    modes: list[bool] = []
+
+    class Watched(Bigram):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            modes.append(self.training)
+            return super().forward(input_ids)
+
+    fit(make_state([(X, Y)], Watched().eval()), TrainConfig(max_steps=2))
+    assert modes == [True, True]
+
+
 @pytest.mark.parametrize("optimizer", [None, sgd])
 def test_a_step_without_targets_changes_nothing_and_is_counted(optimizer: Any) -> None:
+    empty: list[bool] = []
+
+    class Watch(Callback):
+        def on_step(self, state: TrainState) -> None:
+            empty.append(state.counters.last_was_empty)
+
     nothing = (X, torch.full_like(Y, IGNORE))
     state = make_state([(X, Y), nothing, (X, Y)], optimizer=optimizer)
-    fit(state, TrainConfig(max_steps=3))
+    fit(state, TrainConfig(max_steps=3), Parts(hooks=Hooks([Watch()])))
+    assert empty == [False, True, False]
     clean = make_state([(X, Y)], optimizer=optimizer)
     fit(clean, TrainConfig(max_steps=2))
     assert first_difference(weights(clean), weights(state)) == ""
@@ -301,6 +328,29 @@ def test_phases_come_in_one_order_and_on_one_clock() -> None:
     assert events == ["step 1", "step 2", "log", "eval start", "eval", "save",
                       "step 3", "step 4", "log", "eval start", "eval", "save"]
     assert (state.counters.best_step, state.counters.best_val_loss) == (4, 0.25)
+
+
+def test_every_second_is_booked_under_what_it_was_spent_on() -> None:
+    marks: list[str] = []
+
+    class Recorder(PhaseClock):
+        def mark(self, phase: str) -> None:
+            marks.append(phase)
+            super().mark(phase)
+
+    config = TrainConfig(max_steps=2, grad_accum_steps=2, log_every_steps=1, eval_every_steps=1, save_every_steps=1)
+    fit(make_state(token_loader(3)), config, Parts(
+        clock=Recorder(), evaluate=lambda: EvalResult(1.0, 1.0, None, None, 1), save=lambda: None))
+    micro_step = ["other", "data", "transfer", "forward_backward"]
+    step = [*micro_step, *micro_step, "optimizer", "log", "other", "eval", "log", "other", "save"]
+    assert marks == [*step, *step, "other"]
+
+
+def test_the_best_of_equal_evaluations_is_the_first() -> None:
+    state = make_state(token_loader(3))
+    fit(state, TrainConfig(max_steps=3, eval_every_steps=1), Parts(
+        evaluate=lambda: EvalResult(1.0, 1.0, None, None, 1)))
+    assert (state.counters.best_step, state.counters.last_eval_step) == (1, 3)
 
 
 @pytest.mark.parametrize("host_devices", [("cpu",), ()], ids=["at once", "one step late"])
