@@ -7,13 +7,21 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <type_traits>
+#include <unordered_map>
+#include <utility>
 #include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,6 +29,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "adamw.h"
 #include "half_types.h"
 #include "isa.h"
 
@@ -54,10 +63,12 @@ struct Item {
   void *param, *grad, *exp_avg, *exp_avg_sq, *ema;
   std::int16_t* remainder;  // lower halves of a bfloat16 parameter's float32 master, or null
   float* scales;  // int8: (2, blocks), of exp_avg and of exp_avg_sq
-  std::int64_t numel, offset;
+  float* step;
+  std::int64_t numel, offset, group;
+  std::uint32_t number;  // among the optimizer's parameters
   Storage storage;
   bool wide;  // the parameter is float32, else bfloat16
-  Factors factors;
+  Factors factors;  // these two: of the step that runs
   Randomness randomness;
 };
 
@@ -69,7 +80,7 @@ struct Chunk {
 }  // namespace
 }  // namespace fasttrain
 
-// Per instruction set: lanes of 64 bits, the product of their low halves with a constant, and storing these halves.
+// Per instruction set: lanes of 64 bits, the product of their low halves with a constant, and storing these halves of two.
 namespace fasttrain::scalar { namespace {
 typedef std::uint64_t Words __attribute__((vector_size(16)));
 #if defined(__SSE2__)
@@ -79,7 +90,10 @@ inline Words low_product(Words a, std::uint32_t b) {
 #else
 inline Words low_product(Words a, std::uint32_t b) { return (a & 0xffffffffu) * b; }
 #endif
-inline void store_low(Words a, std::uint32_t* to) { for (int l = 0; l < 2; ++l) to[l] = static_cast<std::uint32_t>(a[l]); }
+inline void store_low(Words a, Words b, std::uint32_t* to) {
+  for (int l = 0; l < 2; ++l) to[l] = static_cast<std::uint32_t>(a[l]);
+  for (int l = 0; l < 2; ++l) to[2 + l] = static_cast<std::uint32_t>(b[l]);
+}
 #include "adamw_blocks.h"
 } }
 
@@ -91,9 +105,9 @@ typedef std::uint64_t Words __attribute__((vector_size(32)));
 inline Words low_product(Words a, std::uint32_t b) {
   return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 }
-inline void store_low(Words a, std::uint32_t* to) {
-  const __m256i even = _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(a), _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(even));
+inline void store_low(Words a, Words b, std::uint32_t* to) {
+  const __m256 pairs = _mm256_shuffle_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), 0x88);  // a0 a1 b0 b1 a2 a3 b2 b3
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_castps_si256(pairs), 0xd8));
 }
 #include "adamw_blocks.h"
 } }
@@ -106,8 +120,9 @@ typedef std::uint64_t Words __attribute__((vector_size(64)));
 inline Words low_product(Words a, std::uint32_t b) {
   return reinterpret_cast<Words>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
 }
-inline void store_low(Words a, std::uint32_t* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi64_epi32(reinterpret_cast<__m512i>(a)));
+inline void store_low(Words a, Words b, std::uint32_t* to) {
+  const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi32(reinterpret_cast<__m512i>(a), low, reinterpret_cast<__m512i>(b)));
 }
 #include "adamw_blocks.h"
 } }
@@ -134,13 +149,11 @@ double sum_of_squares(Isa isa, const T* x, std::int64_t n) {
   return scalar::sum_of_squares(x, n);
 }
 
-std::vector<Chunk> chunks_of(const std::vector<Tensor>& tensors) {
+std::vector<Chunk> chunks_of(const std::vector<Item>& items) {
   std::vector<Chunk> chunks;
-  for (std::size_t t = 0; t < tensors.size(); ++t) {
-    const std::int64_t numel = tensors[t].numel();
-    for (std::int64_t begin = 0; begin < numel; begin += kChunk)
-      chunks.push_back({static_cast<std::int32_t>(t), begin, std::min(begin + kChunk, numel)});
-  }
+  for (std::size_t t = 0; t < items.size(); ++t)
+    for (std::int64_t begin = 0; begin < items[t].numel; begin += kChunk)
+      chunks.push_back({static_cast<std::int32_t>(t), begin, std::min(begin + kChunk, items[t].numel)});
   return chunks;
 }
 
@@ -160,36 +173,23 @@ void for_chunks(std::int64_t count, F&& f) {
   });
 }
 
-// The sums of the chunks are added in their order: the norm does not depend on the number of threads.
-Tensor adamw_norm(const std::vector<Tensor>& grads) {
-  STD_TORCH_CHECK(!grads.empty(), "adamw_norm: no gradients");
-  for (const Tensor& grad : grads)
-    STD_TORCH_CHECK(grad.is_contiguous() && (grad.scalar_type() == ScalarType::Float || grad.scalar_type() == ScalarType::BFloat16),
-                    "adamw_norm: gradients must be contiguous float32 or bfloat16");
+// Of all gradients. The sums of the chunks are added in their order: it does not depend on the number of threads.
+float norm_of(const std::vector<Item>& items, const std::vector<Chunk>& chunks) {
   const Isa isa = current_isa();
-  const std::vector<Chunk> chunks = chunks_of(grads);
-  std::vector<const void*> data;
-  std::vector<bool> wide;
-  for (const Tensor& grad : grads) {
-    data.push_back(grad.const_data_ptr());
-    wide.push_back(grad.scalar_type() == ScalarType::Float);
-  }
   std::vector<double> sums(chunks.size());
   // The last first: the update, which starts at the front, finds there what was read last in the cache.
   for_chunks<true>(static_cast<std::int64_t>(chunks.size()), [&](std::int64_t i) {
     const Chunk& c = chunks[i];
-    const void* x = data[c.tensor];
-    sums[i] = wide[c.tensor] ? sum_of_squares(isa, static_cast<const float*>(x) + c.begin, c.end - c.begin)
-                             : sum_of_squares(isa, static_cast<const bfloat16*>(x) + c.begin, c.end - c.begin);
+    const void* x = items[c.tensor].grad;
+    sums[i] = items[c.tensor].wide ? sum_of_squares(isa, static_cast<const float*>(x) + c.begin, c.end - c.begin)
+                                   : sum_of_squares(isa, static_cast<const bfloat16*>(x) + c.begin, c.end - c.begin);
   });
   double total = 0;
   for (double sum : sums) total += sum;
-  Tensor norm = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
-  *norm.mutable_data_ptr<float>() = static_cast<float>(std::sqrt(total));
-  return norm;
+  return static_cast<float>(std::sqrt(total));
 }
 
-struct Terms {  // one row of the argument `terms`
+struct Terms {  // of one parameter group: a row of the argument `terms`
   double lr, beta1, beta2, eps, weight_decay, sign, ema_weight;
 };
 
@@ -200,104 +200,154 @@ Factors factors_of(const Terms& t, double step, double multiplier) {
           f(t.lr / correction1), f(1 / std::sqrt(correction2)), f(t.ema_weight)};
 }
 
+// Counts the step and does it.
+void update_all(std::vector<Item>& items, const std::vector<Chunk>& chunks, const std::vector<Terms>& terms, float multiplier,
+                std::int64_t seed, bool zero_grads) {
+  Factors factors{};
+  std::int64_t group = -1;
+  float step = -1;
+  for (Item& item : items) {
+    const float next = *item.step += 1;
+    if (item.group != group || next != step) {  // two powers for each group, not for each tensor
+      group = item.group;
+      step = next;
+      factors = factors_of(terms[static_cast<std::size_t>(group)], step, multiplier);
+    }
+    item.factors = factors;
+    item.randomness = {static_cast<std::uint64_t>(seed), static_cast<std::uint32_t>(next), item.number};
+  }
+  const Isa isa = current_isa();
+  for_chunks<false>(static_cast<std::int64_t>(chunks.size()), [&](std::int64_t i) {
+    const Chunk& c = chunks[i];
+    run_chunk(isa, items[c.tensor], c.begin, c.end, zero_grads);
+  });
+}
+
+void zero(const std::vector<Item>& items) {
+  for (const Item& item : items)
+    if (item.numel > 0) std::memset(item.grad, 0, static_cast<std::size_t>(item.numel) * (item.wide ? 4 : 2));  // not at nullptr
+}
+
+// One parameter's tensors; the optional ones are null.
+struct Tensors {
+  const Tensor &param, &grad, &exp_avg, &exp_avg_sq, &scales, &step;
+  const Tensor *ema, *remainder;
+};
+
+// Writes types, sizes and addresses into the item. Returns what is wrong with the tensors, or null.
+const char* describe(const Tensors& t, Item& item) {
+  const ScalarType type = t.param.scalar_type(), moments = t.exp_avg.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::BFloat16) return "parameters must be float32 or bfloat16";
+  const std::int64_t numel = t.param.numel(), blocks = (numel + kBlock - 1) / kBlock;
+  if (t.grad.scalar_type() != type || t.exp_avg_sq.scalar_type() != moments || (t.ema != nullptr && t.ema->scalar_type() != type))
+    return "a parameter, its gradient and its average must share a type, and so must the moments";
+  for (const Tensor* tensor : {&t.param, &t.grad, &t.exp_avg, &t.exp_avg_sq, t.ema})
+    if (tensor != nullptr && !(tensor->is_contiguous() && tensor->numel() == numel && tensor->is_cpu()))
+      return "a parameter's tensors must be contiguous, of one size and on the CPU";
+  if (t.step.numel() != 1 || t.step.scalar_type() != ScalarType::Float || !t.step.is_cpu()) return "steps must be () float32";
+  item.scales = nullptr;
+  if (moments == ScalarType::Float) item.storage = Storage::float32;
+  else if (moments == ScalarType::BFloat16) item.storage = Storage::bfloat16;
+  else item.storage = Storage::int8;
+  if (item.storage == Storage::int8) {
+    if (moments != ScalarType::Byte || t.scales.numel() != 2 * blocks || t.scales.scalar_type() != ScalarType::Float || !t.scales.is_contiguous() || !t.scales.is_cpu())
+      return "moments must be float32, bfloat16, or uint8 codes with (2, blocks) float32 scales";
+    item.scales = static_cast<float*>(t.scales.mutable_data_ptr());
+  }
+  item.remainder = nullptr;
+  if (t.remainder != nullptr && t.remainder->numel() > 0) {
+    if (type != ScalarType::BFloat16 || t.remainder->scalar_type() != ScalarType::Short || t.remainder->numel() != numel || !t.remainder->is_contiguous() || !t.remainder->is_cpu())
+      return "a remainder must be int16, contiguous, and of the size of its bfloat16 parameter";
+    item.remainder = static_cast<std::int16_t*>(t.remainder->mutable_data_ptr());
+  }
+  item.param = t.param.mutable_data_ptr();
+  item.grad = t.grad.mutable_data_ptr();
+  item.exp_avg = t.exp_avg.mutable_data_ptr();
+  item.exp_avg_sq = t.exp_avg_sq.mutable_data_ptr();
+  item.ema = t.ema == nullptr ? nullptr : t.ema->mutable_data_ptr();
+  item.step = static_cast<float*>(t.step.mutable_data_ptr());
+  item.numel = numel;
+  item.wide = type == ScalarType::Float;
+  return nullptr;
+}
+
+// The parallel lists of the ops' arguments, of all parameters.
+struct Lists {
+  std::vector<Tensor> params, exp_avgs, exp_avg_sqs, scales, steps, emas, remainders;
+
+  Tensors of(std::size_t t, const Tensor& grad) const {
+    return {params[t], grad, exp_avgs[t], exp_avg_sqs[t], scales[t], steps[t], emas.empty() ? nullptr : &emas[t], remainders.empty() ? nullptr : &remainders[t]};
+  }
+};
+
+void check_lengths(const Lists& lists) {
+  const std::size_t count = lists.params.size();
+  for (const auto* list : {&lists.exp_avgs, &lists.exp_avg_sqs, &lists.scales, &lists.steps, &lists.emas, &lists.remainders})
+    STD_TORCH_CHECK(list->size() == count || (list->empty() && (list == &lists.emas || list == &lists.remainders)),
+                    "adamw: lists of ", count, " and ", list->size(), " tensors");
+}
+
+// `places`: (tensors, 3) int64: group, number of the parameter, offset in the whole parameter.
+std::vector<Item> items_at(const Tensor& places, std::size_t count) {
+  STD_TORCH_CHECK(places.dim() == 2 && places.size(0) == static_cast<std::int64_t>(count) && places.size(1) == 3 &&
+                      places.scalar_type() == ScalarType::Long && places.is_contiguous(), "adamw: places must be (tensors, 3) int64");
+  const std::int64_t* place = places.const_data_ptr<std::int64_t>();
+  std::vector<Item> items(count);
+  for (Item& item : items) {
+    STD_TORCH_CHECK(place[0] >= 0 && place[2] % kBlock == 0, "adamw: places name no group, or an offset that is no multiple of ", kBlock);
+    item.group = place[0];
+    item.number = static_cast<std::uint32_t>(place[1]);
+    item.offset = place[2];
+    place += 3;
+  }
+  return items;
+}
+
+Tensor adamw_norm(const std::vector<Tensor>& grads) {
+  STD_TORCH_CHECK(!grads.empty(), "adamw_norm: no gradients");
+  std::vector<Item> items(grads.size());
+  for (std::size_t t = 0; t < grads.size(); ++t) {
+    STD_TORCH_CHECK(grads[t].is_contiguous() && (grads[t].scalar_type() == ScalarType::Float || grads[t].scalar_type() == ScalarType::BFloat16),
+                    "adamw_norm: gradients must be contiguous float32 or bfloat16");
+    items[t].grad = const_cast<void*>(grads[t].const_data_ptr());
+    items[t].wide = grads[t].scalar_type() == ScalarType::Float;
+    items[t].numel = grads[t].numel();
+  }
+  Tensor norm = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
+  *norm.mutable_data_ptr<float>() = norm_of(items, chunks_of(items));
+  return norm;
+}
+
 float value_of(const std::optional<Tensor>& scalar, float otherwise, const char* name) {
   if (!scalar.has_value()) return otherwise;
   STD_TORCH_CHECK(scalar->numel() == 1 && scalar->scalar_type() == ScalarType::Float, "adamw_update: ", name, " must be one float32 value");
   return *scalar->const_data_ptr<float>();
 }
 
-void zero(const std::vector<Tensor>& tensors) {
-  for (const Tensor& tensor : tensors)
-    if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());  // not at nullptr
-}
-
-void check_lengths(std::size_t count, const std::vector<const std::vector<Tensor>*>& lists) {
-  for (const auto* list : lists)
-    STD_TORCH_CHECK(list->size() == count || (list->empty() && list == lists.back()), "adamw_update: lists of ", count, " and ", list->size(), " tensors");
-}
-
-Item make_item(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& scales,
-               const Tensor* ema, const Tensor* remainder) {
-  const ScalarType type = param.scalar_type(), moments = exp_avg.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "adamw_update: parameters must be float32 or bfloat16");
-  const std::int64_t numel = param.numel(), blocks = (numel + kBlock - 1) / kBlock;
-  STD_TORCH_CHECK(grad.scalar_type() == type && exp_avg_sq.scalar_type() == moments && (ema == nullptr || ema->scalar_type() == type),
-                  "adamw_update: a parameter, its gradient and its average must share a type, and so must the moments");
-  for (const Tensor* tensor : {&param, &grad, &exp_avg, &exp_avg_sq, ema})
-    STD_TORCH_CHECK(tensor == nullptr || (tensor->is_contiguous() && tensor->numel() == numel),
-                    "adamw_update: a parameter's tensors must be contiguous and of one size");
-  Item item{};
-  if (moments == ScalarType::Float) item.storage = Storage::float32;
-  else if (moments == ScalarType::BFloat16) item.storage = Storage::bfloat16;
-  else item.storage = Storage::int8;
-  if (item.storage == Storage::int8) {
-    STD_TORCH_CHECK(moments == ScalarType::Byte && scales.numel() == 2 * blocks && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
-                    "adamw_update: moments must be float32, bfloat16, or uint8 codes with (2, blocks) float32 scales");
-    item.scales = static_cast<float*>(scales.mutable_data_ptr());
-  }
-  item.param = param.mutable_data_ptr();
-  item.grad = grad.mutable_data_ptr();
-  item.exp_avg = exp_avg.mutable_data_ptr();
-  item.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
-  item.ema = ema == nullptr ? nullptr : ema->mutable_data_ptr();
-  if (remainder != nullptr && remainder->numel() > 0) {
-    STD_TORCH_CHECK(type == ScalarType::BFloat16 && remainder->scalar_type() == ScalarType::Short && remainder->numel() == numel && remainder->is_contiguous(),
-                    "adamw_update: a remainder must be int16, contiguous, and of the size of its bfloat16 parameter");
-    item.remainder = static_cast<std::int16_t*>(remainder->mutable_data_ptr());
-  }
-  item.numel = numel;
-  item.wide = type == ScalarType::Float;
-  return item;
-}
-
 void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
                   const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& scales, const std::vector<Tensor>& steps,
                   const std::vector<Tensor>& emas, const std::vector<Tensor>& remainders, const Tensor& terms, const Tensor& places, const std::optional<Tensor>& multiplier,
                   const std::optional<Tensor>& skip, std::int64_t seed, bool zero_grads) {
-  const std::size_t count = params.size();
-  check_lengths(count, {&grads, &exp_avgs, &exp_avg_sqs, &scales, &steps, &emas});
-  check_lengths(count, {&params, &remainders});
+  const Lists lists{params, exp_avgs, exp_avg_sqs, scales, steps, emas, remainders};
+  check_lengths(lists);
+  STD_TORCH_CHECK(grads.size() == params.size(), "adamw: lists of ", params.size(), " and ", grads.size(), " tensors");
   STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == 7 && terms.scalar_type() == ScalarType::Double && terms.is_contiguous(),
                   "adamw_update: terms must be (groups, 7) float64");
-  STD_TORCH_CHECK(places.dim() == 2 && places.size(0) == static_cast<std::int64_t>(count) && places.size(1) == 3 &&
-                      places.scalar_type() == ScalarType::Long && places.is_contiguous(), "adamw_update: places must be (tensors, 3) int64");
+  std::vector<Terms> rows(static_cast<std::size_t>(terms.size(0)));
+  if (!rows.empty()) std::memcpy(rows.data(), terms.const_data_ptr<double>(), rows.size() * sizeof(Terms));
+  std::vector<Item> items = items_at(places, params.size());
   const float scale = value_of(multiplier, 1.0f, "multiplier");
   const bool skipped = value_of(skip, 0.0f, "skip") != 0.0f;
-  const std::int64_t* place = places.const_data_ptr<std::int64_t>();
-  std::vector<Item> items;
-  items.reserve(count);
-  Factors factors{};
-  std::int64_t group = -1;
-  float step = -1;
-  for (std::size_t t = 0; t < count; ++t, place += 3) {
-    items.push_back(make_item(params[t], grads[t], exp_avgs[t], exp_avg_sqs[t], scales[t], emas.empty() ? nullptr : &emas[t],
-                              remainders.empty() ? nullptr : &remainders[t]));
-    STD_TORCH_CHECK(place[0] >= 0 && place[0] < terms.size(0) && place[2] % kBlock == 0, "adamw_update: places[", t, "] names no group, or an offset that is no multiple of ", kBlock);
-    STD_TORCH_CHECK(steps[t].numel() == 1 && steps[t].scalar_type() == ScalarType::Float, "adamw_update: steps must be () float32");
-    const float next = *steps[t].const_data_ptr<float>() + 1;
-    if (place[0] != group || next != step) {  // two powers for each group, not for each tensor
-      group = place[0];
-      step = next;
-      Terms row;
-      std::memcpy(&row, terms.const_data_ptr<double>() + 7 * group, sizeof row);
-      factors = factors_of(row, step, scale);
-    }
-    items[t].factors = factors;
-    items[t].offset = place[2];
-    items[t].randomness = {static_cast<std::uint64_t>(seed), static_cast<std::uint32_t>(next), static_cast<std::uint32_t>(place[1])};
+  for (std::size_t t = 0; t < items.size(); ++t) {
+    const char* problem = describe(lists.of(t, grads[t]), items[t]);
+    STD_TORCH_CHECK(problem == nullptr, "adamw_update: ", problem);
+    STD_TORCH_CHECK(items[t].group < terms.size(0), "adamw_update: places[", t, "] names no group");
   }
-  if (skipped) {
-    if (zero_grads) zero(grads);
-    return;
-  }
-  for (const Tensor& tensor : steps) *static_cast<float*>(tensor.mutable_data_ptr()) += 1;
-  const Isa isa = current_isa();
-  const std::vector<Chunk> chunks = chunks_of(params);
-  for_chunks<false>(static_cast<std::int64_t>(chunks.size()), [&](std::int64_t i) {
-    const Chunk& c = chunks[i];
-    run_chunk(isa, items[c.tensor], c.begin, c.end, zero_grads);
-  });
+  if (!skipped) update_all(items, chunks_of(items), rows, scale, seed, zero_grads);
+  else if (zero_grads) zero(items);
 }
+
+#include "adamw_plan.h"
 
 }  // namespace
 }  // namespace fasttrain
@@ -305,4 +355,16 @@ void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& 
 STABLE_TORCH_LIBRARY_IMPL(fasttrain, CPU, m) {
   m.impl("adamw_norm", TORCH_BOX(&fasttrain::adamw_norm));
   m.impl("adamw_update", TORCH_BOX(&fasttrain::adamw_update));
+  m.impl("adamw_plan", TORCH_BOX(&fasttrain::adamw_plan));
+  m.impl("adamw_bind", TORCH_BOX(&fasttrain::adamw_bind));
+}
+
+void fasttrain::bind_adamw_plan(pybind11::module_& m) {
+  namespace py = pybind11;
+  py::class_<AdamWPlan>(m, "AdamWPlan", "Tensors of an optimizer, held from step to step: see fasttrain/ops/_adamw_plan.py.")
+      .def(py::init<>())
+      .def_property_readonly("id", &AdamWPlan::id)
+      .def("norm", &AdamWPlan::norm, py::call_guard<py::gil_scoped_release>())
+      .def("update", &AdamWPlan::update, py::arg("terms"), py::arg("multiplier"), py::arg("seed"), py::arg("zero_grads"), py::call_guard<py::gil_scoped_release>())
+      .def("zero", &AdamWPlan::zero, py::call_guard<py::gil_scoped_release>());
 }

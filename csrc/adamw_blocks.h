@@ -100,21 +100,24 @@ struct Philox {
 };
 
 FASTTRAIN_INLINE void random_unit(const Philox& philox, std::int64_t first_element, std::uint32_t* __restrict out) {
-  for (int lane = 0; lane < 16; lane += Philox::kWidth) {
+  for (int lane = 0; lane < 16; lane += 2 * Philox::kWidth) {
     const std::uint64_t counter = static_cast<std::uint64_t>(first_element) / 4 + static_cast<std::uint64_t>(lane);
-    Words c0 = philox.lane + counter, c1 = Words{} + (counter >> 32), c2 = philox.step, c3 = philox.parameter;
-    for (int round = 0; round < Philox::kRounds; ++round) {
-      const Words p0 = low_product(c0, 0xD2511F53u), p1 = low_product(c2, 0xCD9E8D57u);
-      c0 = (p1 >> 32) ^ c1 ^ philox.key0[round];
-      c2 = (p0 >> 32) ^ c3 ^ philox.key1[round];
-      c1 = p1;
-      c3 = p0;
+    Words words[2][4];
+    for (int half = 0; half < 2; ++half) {
+      Words c0 = philox.lane + (counter + static_cast<std::uint64_t>(half * Philox::kWidth)), c1 = Words{} + (counter >> 32), c2 = philox.step, c3 = philox.parameter;
+      for (int round = 0; round < Philox::kRounds; ++round) {
+        const Words p0 = low_product(c0, 0xD2511F53u), p1 = low_product(c2, 0xCD9E8D57u);
+        c0 = (p1 >> 32) ^ c1 ^ philox.key0[round];
+        c2 = (p0 >> 32) ^ c3 ^ philox.key1[round];
+        c1 = p1;
+        c3 = p0;
+      }
+      words[half][0] = c0;
+      words[half][1] = c1;
+      words[half][2] = c2;
+      words[half][3] = c3;
     }
-    std::uint32_t* to = out + lane;
-    for (const Words& word : {c0, c1, c2, c3}) {
-      store_low(word, to);
-      to += 16;
-    }
+    for (int word = 0; word < 4; ++word) store_low(words[0][word], words[1][word], out + lane + 16 * word);
   }
 }
 
@@ -138,6 +141,15 @@ inline std::int32_t code_base(std::uint32_t exponent) { return std::max<std::int
 template <int kTop, bool kSigned>
 inline void decode_block(const std::uint8_t* __restrict codes, float scale, float* __restrict wide) {
   const std::int32_t base = code_base<kTop>(bits_from_float(scale) >> 23);
+  std::uint8_t smallest = kTop;
+  for (int i = 0; i < kBlock; ++i) smallest = std::min<std::uint8_t>(smallest, codes[i] & kTop);
+  if (smallest > 0) {  // the usual block: no zeros
+    for (int i = 0; i < kBlock; ++i) {
+      const std::uint32_t u = static_cast<std::uint32_t>((codes[i] & kTop) + base) << 20;
+      wide[i] = float_from_bits(kSigned ? u | static_cast<std::uint32_t>(codes[i] & 0x80) << 24 : u);
+    }
+    return;
+  }
   for (int i = 0; i < kBlock; ++i) {
     const std::int32_t code = codes[i] & kTop;
     std::uint32_t u = code != 0 ? static_cast<std::uint32_t>(code + base) << 20 : 0u;
@@ -146,17 +158,9 @@ inline void decode_block(const std::uint8_t* __restrict codes, float scale, floa
   }
 }
 
+// Any block: some magnitudes may be below that of code 1, zero, infinite or NaN.
 template <int kTop, bool kSigned>
-inline float encode_block(const float* __restrict wide, const std::uint32_t* __restrict random, std::uint8_t* __restrict codes) {
-  std::int32_t largest = 0;
-  for (int i = 0; i < kBlock; ++i) {
-    const std::int32_t magnitude = static_cast<std::int32_t>(bits_from_float(wide[i]) & 0x7fffffffu);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  std::uint32_t exponent = (static_cast<std::uint32_t>(largest) + 0xfffffu) >> 23;  // of the largest once rounded up
-  if (exponent > 255) exponent = 255;
-  const float scale = float_from_bits(exponent << 23);
-  const std::int32_t base = code_base<kTop>(exponent);
+inline void encode_any(const float* __restrict wide, const std::uint32_t* __restrict random, std::int32_t base, std::uint8_t* __restrict codes) {
   // A smaller magnitude becomes code 1 with probability magnitude / code 1. The products compared are exact.
   const std::int32_t lowest = (base + 1) << 20;
   const float lowest_value = float_from_bits(static_cast<std::uint32_t>(lowest));
@@ -177,7 +181,29 @@ inline float encode_block(const float* __restrict wide, const std::uint32_t* __r
       codes[i] = static_cast<std::uint8_t>(magnitude != 0 ? code : 0);
     }
   }
-  return scale;
+}
+
+template <int kTop, bool kSigned>
+inline float encode_block(const float* __restrict wide, const std::uint32_t* __restrict random, std::uint8_t* __restrict codes) {
+  std::uint32_t twice_largest = 0, twice_smallest = ~0u;  // twice: without the sign
+  for (int i = 0; i < kBlock; ++i) {
+    const std::uint32_t twice = bits_from_float(wide[i]) << 1;
+    twice_largest = std::max(twice_largest, twice);
+    twice_smallest = std::min(twice_smallest, twice);
+  }
+  const std::uint32_t largest = twice_largest >> 1, smallest = twice_smallest >> 1;
+  const std::uint32_t exponent = std::min((largest + 0xfffffu) >> 23, 255u);  // of the largest once rounded up
+  const std::int32_t base = code_base<kTop>(exponent);
+  if (largest < 0x7f800000u && smallest >= static_cast<std::uint32_t>(base + 1) << 20) {  // the usual block: all codes are 1..kTop
+    for (int i = 0; i < kBlock; ++i) {
+      const std::uint32_t noise = kSigned ? random[i] & 0xfffffu : random[i] >> 12;
+      const std::uint32_t code = ((bits_from_float(wide[i]) + noise) >> 20) - static_cast<std::uint32_t>(base);  // the sign stands in bit 11
+      codes[i] = static_cast<std::uint8_t>(kSigned ? (code & 0x7fu) | ((code >> 4) & 0x80u) : code);
+    }
+  } else {
+    encode_any<kTop, kSigned>(wide, random, base, codes);
+  }
+  return float_from_bits(exponent << 23);
 }
 
 // The lines that a thread needs kAhead elements later: the arithmetic of a block is long enough that the processor's own
@@ -185,8 +211,9 @@ inline float encode_block(const float* __restrict wide, const std::uint32_t* __r
 constexpr std::int64_t kAhead = 2 * kBlock;
 
 template <class T>
-FASTTRAIN_INLINE void prefetch_block(const T* next) {
-  for (std::size_t byte = 0; byte < kBlock * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + byte);
+FASTTRAIN_INLINE void prefetch_ahead(const T* block) {  // a number, not a pointer: it may lie beyond the array
+  const std::uintptr_t next = reinterpret_cast<std::uintptr_t>(block) + kAhead * sizeof(T);
+  for (std::size_t byte = 0; byte < kBlock * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(next + byte));
 }
 
 // One block of narrow moments, M their type. Units of 64 elements, so that the processor overlaps the multiplications of
@@ -196,10 +223,10 @@ inline void run_block(const Item& item, const Philox& philox, std::int64_t first
                       std::int16_t* __restrict remainder, M* __restrict narrow_m, M* __restrict narrow_v, float* scale_m, float* scale_v) {
   alignas(64) float m[kBlock], v[kBlock];
   alignas(64) std::uint32_t random[kBlock];
-  prefetch_block(p + kAhead);
-  prefetch_block(g + kAhead);
-  prefetch_block(narrow_m + kAhead);
-  prefetch_block(narrow_v + kAhead);
+  prefetch_ahead(p);
+  prefetch_ahead(g);
+  prefetch_ahead(narrow_m);
+  prefetch_ahead(narrow_v);
   constexpr bool kCoded = sizeof(M) == 1, kMaster = std::is_same_v<P, MasteredBfloat16>;
   if constexpr (kCoded) {
     decode_block<127, true>(narrow_m, *scale_m, m);
@@ -264,10 +291,10 @@ void run_chunk(const Item& item, std::int64_t begin, std::int64_t end) {
   std::int16_t* r = item.remainder;
   std::int64_t at = begin;
   for (; at + kBlock <= end; at += kBlock) {
-    prefetch_block(p + at + kAhead);
-    prefetch_block(g + at + kAhead);
-    prefetch_block(m + at + kAhead);
-    prefetch_block(v + at + kAhead);
+    prefetch_ahead(p + at);
+    prefetch_ahead(g + at);
+    prefetch_ahead(m + at);
+    prefetch_ahead(v + at);
     update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, r ? r + at : r, kBlock, item.factors);
   }
   update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, r ? r + at : r, end - at, item.factors);

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "adamw.h"
 #include "checksums.h"
 #include "decode.h"
 #include "isa.h"
@@ -20,5 +21,6 @@ PYBIND11_MODULE(_C, m) {
   bind_stop_matcher(m);
   fasttrain::bind_ngram_index(m);
   fasttrain::bind_checksums(m);
+  fasttrain::bind_adamw_plan(m);
   fasttrain::bind_decode(m);
 }

@@ -60,22 +60,45 @@ def kernel_norm(namespace: str, grads: list[Tensor]) -> Tensor:
     return cast(Tensor, getattr(torch.ops, namespace).adamw_norm(grads))
 
 
-def kernel_update(namespace: str, members: list[Member], terms: list[Terms], multiplier: Tensor | float | None,
-                  skip: Tensor | None, seed: int, zero_grads: bool) -> None:
-    """One update of every member that `takes` accepts, all on one device."""
+class Lists(NamedTuple):
+    """Parallel lists of what a step needs of each parameter; an empty list or tensor where there is none."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    scales: list[Tensor]
+    steps: list[Tensor]
+    emas: list[Tensor]
+    remainders: list[Tensor]
+    places: Tensor
+    """(tensors, 3) int64: group, number among all parameters, offset in the whole parameter."""
+
+
+def lists_of(members: list[Member]) -> Lists:
     device = members[0].p.device
     if device not in _EMPTY:
         _EMPTY[device] = torch.empty(0, device=device)
     empty = _EMPTY[device]
     states = [member.state for member in members]
+    mastered = any(REMAINDER in state for state in states)
+    return Lists([member.p for member in members], [member.grad for member in members],
+                 [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states],
+                 [state.get(SCALES, empty) for state in states], [state["step"] for state in states],
+                 [state["ema"] for state in states] if "ema" in states[0] else [],
+                 [state.get(REMAINDER, empty) for state in states] if mastered else [],
+                 torch.from_numpy(_table(tuple([member[3:] for member in members]))))
+
+
+def kernel_update(namespace: str, members: list[Member], terms: list[Terms], multiplier: Tensor | float | None,
+                  skip: Tensor | None, seed: int, zero_grads: bool) -> None:
+    """One update of every member that `takes` accepts, all on one device."""
+    device = members[0].p.device
     if isinstance(multiplier, (int, float)):
         multiplier = torch.full((), multiplier, dtype=torch.float32, device=device)
+    *lists, places = lists_of(members)
     getattr(torch.ops, namespace).adamw_update(
-        [member.p for member in members], [member.grad for member in members], [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states], [state.get(SCALES, empty) for state in states],
-        [state["step"] for state in states], [state["ema"] for state in states] if "ema" in states[0] else [],
-        [state.get(REMAINDER, empty) for state in states] if any(REMAINDER in state for state in states) else [],
-        torch.from_numpy(_table(tuple(terms))), torch.from_numpy(_table(tuple([member[3:] for member in members]))),
+        *lists, torch.from_numpy(_table(tuple(terms))), places,
         None if multiplier is None else multiplier.to(device, torch.float32),
         None if skip is None else skip.to(device, torch.float32), seed, zero_grads)
 
@@ -103,6 +126,18 @@ def _register(namespace: str, triton_device: str) -> Any:
     return library
 
 
+def _register_plans() -> Any:
+    """The two ops of csrc/adamw_plan.h: not for tracing; a gradient that is no plain CPU tensor is not bound."""
+    library: Any = torch.library.Library("fasttrain", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define("adamw_plan(int plan, Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] scales, "
+                   "Tensor[] steps, Tensor[] emas, Tensor[] remainders, Tensor places) -> ()")
+    library.define("adamw_bind(int plan, Tensor[] grads) -> bool")
+    library.impl("adamw_bind", lambda plan, grads: False, "CompositeExplicitAutograd")
+    for name in ("adamw_plan", "adamw_bind"):
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    return library
+
+
 def _launcher(name: str) -> Any:
     def launch(*arguments: Any) -> Any:
         from ..kernels import adamw as kernels  # triton is imported by the first call that needs it
@@ -113,6 +148,6 @@ def _launcher(name: str) -> Any:
 
 
 # The CPU kernels of namespace `fasttrain` are the extension's.
-_LIBRARIES = [_register("fasttrain", triton_device="CUDA")]
+_LIBRARIES = [_register("fasttrain", triton_device="CUDA"), _register_plans()]
 if TRITON_INTERPRETED:
     _LIBRARIES.append(_register("fasttrain_interpreted", triton_device="CPU"))

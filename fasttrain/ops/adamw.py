@@ -24,6 +24,7 @@ from ..utils import on_host, read_scalar
 from ._adamw_kernels import Member, Terms, kernel_norm, kernel_update, takes
 from ._adamw_moments import MOMENTS, REMAINDER, SCALES, keep, new_moments, round_stochastically, wide_dtype, widened
 from ._adamw_plain import adamw_reference, fused_is_right, update_fused, update_reference
+from ._adamw_plan import Plan, bound, make_plan
 from ._dispatch import FORCED_IMPL, IMPLEMENTATIONS, Impl, resolve
 
 __all__ = ["AdamW", "Shard", "Terms", "adamw_reference", "global_norm", "round_stochastically"]
@@ -116,6 +117,7 @@ class AdamW(Optimizer):
         self.state_dtype, self.master, self.rounding_seed, self.shards = state_dtype, master, 0, {}
         self.norm_of_all = lambda norm: norm
         self.grad_norm = self.last_found_inf = None
+        self._plan: Plan | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
                                   "maximize": False})
         if impl != "auto":  # one that cannot serve is refused now, not in step 1
@@ -141,6 +143,10 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._plan is not None:
+            if self._step_by_plan(self._plan, grad_scale, found_inf, zero_grads):
+                return loss
+            self._plan = None
         compiled, plain = self._share_out(self._members())
         members = [*itertools.chain(*compiled.values()), *plain]
         if not members:
@@ -162,7 +168,28 @@ class AdamW(Optimizer):
             self._update_plain(plain, terms, multiplier, skip)
         if zero_grads and (plain or skipped):
             torch._foreach_zero_([member.grad for member in (members if skipped else plain)])
+        if list(compiled) == [("fasttrain", torch.device("cpu"))] and not plain and not self.shards:
+            self._plan = make_plan(self.param_groups, self.state, members)
         return loss
+
+    def _step_by_plan(self, plan: Plan, grad_scale: Tensor | float | None, found_inf: Tensor | float | None,
+                      zero_grads: bool) -> bool:
+        """Whether the plan held and the step is done."""
+        if self.shards or not on_host(torch.device("cpu")):
+            return False
+        grads = bound(plan, self.param_groups, self.state)
+        if grads is None:
+            return False
+        multiplier: float | None = 1.0
+        if not (self.max_grad_norm is None and grad_scale is None and found_inf is None):
+            norm = torch.full((), plan.native.norm(), dtype=torch.float32, device="cpu")
+            multiplier = self._guard_on_host(self.norm_of_all(norm), grad_scale, found_inf)
+        if multiplier is not None:
+            terms = [self._terms(group) for group in self.param_groups]
+            plan.native.update(terms, multiplier, self.rounding_seed, zero_grads)
+        elif zero_grads:
+            plan.native.zero()
+        return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """PyTorch's, without its bookkeeping when gradients are dropped."""
@@ -192,6 +219,7 @@ class AdamW(Optimizer):
             if group.get("amsgrad"):
                 raise ValueError("AdamW: the state was made with amsgrad=True, which this optimizer does not have; "
                                  "continue with torch.optim.AdamW")
+        self._plan = None  # it would keep the old state's memory
         super().load_state_dict(cast("dict[str, Any]", state_dict))
         saved_ids = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
         for index, (saved_id, p) in enumerate(zip(saved_ids, self._parameters())):
