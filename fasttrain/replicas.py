@@ -36,6 +36,13 @@ class Spread(Protocol):
     def begin(self, state: TrainState) -> None:
         """From now on steps are those of `state`, whose window says which micro-batch is a step's last."""
 
+    @property
+    def rejoin(self) -> Callable[[TrainState, Any, bool], None] | None:
+        """As in training_loop.Parts."""
+
+    def again(self, state: TrainState) -> bool:
+        """As in training_loop.Parts; called before `reduce`, on all ranks."""
+
     def reduce(self, state: TrainState) -> None:
         """Makes the window's loss, targets and gradients those of all ranks, before the update."""
 
@@ -56,6 +63,15 @@ class Whole:
 
     def begin(self, state: TrainState) -> None:
         """Nothing depends on it."""
+
+    @property
+    def rejoin(self) -> Callable[[TrainState, Any, bool], None] | None:
+        """A rank does its window again by itself."""
+        return None
+
+    def again(self, state: TrainState) -> bool:
+        """No other rank has to."""
+        return False
 
     def reduce(self, state: TrainState) -> None:
         """Nobody else has a part."""

@@ -103,6 +103,7 @@ class Session:
             rewind=None if self.root is None else self._rewind)
         return parts if alone else dataclasses.replace(
             parts, agree=self.agreement.agree, reduce=self._reduce, norm=self.spread.norm,
+            rejoin=self.spread.rejoin, again=self.spread.again,
             figures=self.pace.figures)
 
     def _reduce(self, state: TrainState) -> None:

@@ -101,6 +101,8 @@ class Window:
     """The micro-batches themselves; after a resume inside a window, those since then."""
     pieces_left: int = 0
     """Pieces of the present micro-batch that come after this one, where it is divided."""
+    out_of_memory: str = ""
+    """What the allocator said when memory ran out in this window on this rank, where the others are still in it."""
 
     def add(self, loss_sum: Tensor, num_targets: Tensor, most_targets: int) -> None:
         first = self.loss_sum is None or self.num_targets is None
@@ -111,6 +113,7 @@ class Window:
 
     def clear(self) -> None:
         self.micro_step, self.loss_sum, self.num_targets, self.most_targets, self.drawn = 0, None, None, 0, []
+        self.out_of_memory = ""
 
     def is_last_pass(self, accumulated: int) -> bool:
         """Whether the backward under way ends a window of `accumulated` micro-batches."""

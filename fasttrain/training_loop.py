@@ -13,6 +13,7 @@ by the number of targets in the whole window. The verdict on NaN and infinity fa
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ from .batch_stream import BatchStream
 from .batches import most_elements, num_rows, split_rows, to_device
 from .callbacks import Hooks
 from .config import TrainConfig
+from .dealing import blank, is_blank
 from .evaluation import EvalResult
 from .losses import LossFunction, batch_loss
 from .ops.adamw import AdamW, global_norm
-from .state import Drawn, Pending, TrainState
+from .state import Drawn, TrainState
+from .update import apply_update
 from .utils import (
     Interrupted,
     PhaseClock,
@@ -38,7 +41,6 @@ from .utils import (
     is_out_of_memory,
     on_host,
     peak_memory_bytes,
-    read_scalar,
     set_draw_state,
 )
 
@@ -47,6 +49,11 @@ __all__ = ["BatchStream", "Parts", "TrainState", "fit", "train_step"]
 
 def _nothing(state: TrainState) -> None:
     """What one process has to agree on with others."""
+
+
+def _never(state: TrainState) -> bool:
+    """What happens on other ranks only."""
+    return False
 
 
 def _no_figures() -> dict[str, Any]:
@@ -73,6 +80,11 @@ class Parts:
     """Makes requests, the wish to stop, signals and the time the same on all ranks; called after each step."""
     reduce: Callable[[TrainState], None] = _nothing
     """Makes the window's loss, number of targets and gradients those of all ranks."""
+    rejoin: Callable[[TrainState, Any, bool], None] | None = None
+    """Where ranks wait for each other inside a pass (fsdp): goes through one that adds nothing, with the batch given,
+    for a rank whose memory ran out; True: through the rest of the pass that it ran out in. None: nobody waits."""
+    again: Callable[[TrainState], bool] = _never
+    """Whether the window has to be computed again, on all ranks, because memory ran out on one."""
     figures: Callable[[], dict[str, Any]] = _no_figures
     """What a record says of the single ranks; called at each record, on all of them."""
     norm: Callable[[list[Tensor]], Tensor] = global_norm
@@ -151,10 +163,12 @@ def train_step(state: TrainState, config: TrainConfig, parts: Parts) -> bool:
         clock.mark("forward_backward")
         if parts.interrupted() and window.micro_step < config.grad_accum_steps:
             return False
+    while parts.again(state):
+        redo_in_smaller_pieces(state, parts, window.out_of_memory or "(on another rank)")
     parts.reduce(state)
     parts.hooks.fire("on_gradients", state)
     settle(state, config, parts)  # the verdict on the step before decides this one's learning rate
-    apply_update(state, config, parts)
+    apply_update(state, config.max_grad_norm, parts.norm)
     if on_host(device):  # reading host memory waits for nothing, so there is no reason to lag behind
         settle(state, config, parts)
     clock.mark("optimizer")
@@ -168,7 +182,7 @@ def accumulate(state: TrainState, parts: Parts, drawn: Drawn) -> None:
     try:
         loss_sum, num_targets = forward_backward(state, parts, drawn.batch)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if parts.rejoin is not None or not is_out_of_memory(error):
             raise
         problem = str(error)
     else:
@@ -181,16 +195,42 @@ def accumulate(state: TrainState, parts: Parts, drawn: Drawn) -> None:
 def forward_backward(state: TrainState, parts: Parts, batch: Any) -> tuple[Tensor, Tensor]:
     """(loss sum, number of targets) of a micro-batch; sums over its pieces where there are several."""
     sums: tuple[Tensor, Tensor] | None = None
-    pieces = split_rows(batch, state.counters.num_pieces) if state.counters.num_pieces > 1 else [batch]
+    count = state.counters.num_pieces
+    pieces = split_rows(batch, count) if count > 1 else [batch]
+    if parts.rejoin is not None:  # as many passes on every rank, whatever its batch
+        pieces += (count - len(pieces)) * [pieces[-1] if is_blank(pieces[-1]) else blank(pieces[-1])]
+    compute = one_pass if parts.rejoin is None else functools.partial(shared_pass, rejoin=parts.rejoin)
     for index, piece in enumerate(pieces):
         state.window.pieces_left = len(pieces) - 1 - index
-        with parts.autocast():
-            loss_sum, num_targets = parts.loss_fn(state.model, piece)
-        (loss_sum if state.scaler is None else state.scaler.scale(loss_sum)).backward()  # type: ignore[no-untyped-call]
-        loss_sum = loss_sum.detach()
+        loss_sum, num_targets = compute(state, parts, piece)
         sums = (loss_sum, num_targets) if sums is None else (sums[0] + loss_sum, sums[1] + num_targets)
     assert sums is not None
     return sums
+
+
+def one_pass(state: TrainState, parts: Parts, batch: Any) -> tuple[Tensor, Tensor]:
+    """Forward and backward of one piece: (loss sum, number of targets)."""
+    with parts.autocast():
+        loss_sum, num_targets = parts.loss_fn(state.model, batch)
+    (loss_sum if state.scaler is None else state.scaler.scale(loss_sum)).backward()  # type: ignore[no-untyped-call]
+    return loss_sum.detach(), num_targets
+
+
+def shared_pass(state: TrainState, parts: Parts, batch: Any,
+                rejoin: Callable[[TrainState, Any, bool], None]) -> tuple[Tensor, Tensor]:
+    """The same where the other ranks wait for this one inside of it: when memory runs out, it stays with them until the
+    window is over, computing nothing, and then all of them do the window again."""
+    window, failed = state.window, False
+    if not window.out_of_memory:
+        try:
+            return one_pass(state, parts, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            window.out_of_memory, failed = str(error), True
+    rejoin(state, batch, failed)  # outside of the handler: the traceback held the failed pass's activations
+    device = device_of(state.model)
+    return torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
 
 
 def redo_in_smaller_pieces(state: TrainState, parts: Parts, problem: str) -> None:
@@ -199,8 +239,10 @@ def redo_in_smaller_pieces(state: TrainState, parts: Parts, problem: str) -> Non
     for the whole window makes the pieces' sum the same step."""
     window, counters, device = state.window, state.counters, device_of(state.model)
     drawn, rows = window.drawn, max(num_rows(drawn.batch) for drawn in window.drawn)
-    if 2 * counters.num_pieces > max(rows, 1) or window.micro_step != len(drawn) - 1:
-        why = f"one sequence of {rows} at a time is still too much" if window.micro_step == len(drawn) - 1 else \
+    rows = rows if parts.rejoin is None else int(state.team.agree([rows])[0])  # all ranks do it, and decide alike
+    complete = window.micro_step == len(drawn) - (parts.rejoin is None)
+    if 2 * counters.num_pieces > max(rows, 1) or not complete:
+        why = f"one sequence of {rows} at a time is still too much" if complete else \
             "the window was opened before a resume and cannot be done again"
         raise torch.OutOfMemoryError(f"out of memory in step {state.step + 1}, and {why}; use shorter sequences, "
                                      f"smaller batches or activation_checkpointing='full'. The allocator: {problem}")
@@ -214,66 +256,6 @@ def redo_in_smaller_pieces(state: TrainState, parts: Parts, problem: str) -> Non
     for each in drawn:
         set_draw_state(each.generators, device)
         accumulate(state, parts, each)
-
-
-def apply_update(state: TrainState, config: TrainConfig, parts: Parts) -> None:
-    """Turns the window's gradient sums into one update, unless loss or gradient are not finite."""
-    window, optimizer = state.window, state.optimizer
-    assert window.loss_sum is not None and window.num_targets is not None
-    per_target, refused = _judge(window.loss_sum, window.num_targets)
-    if isinstance(optimizer, AdamW) and state.scaler is None:
-        optimizer.step(grad_scale=per_target, found_inf=refused)
-        norm, skipped = optimizer.grad_norm, optimizer.last_found_inf
-    else:
-        norm, skipped = _update_with_foreign_optimizer(state, config.max_grad_norm, parts.norm, per_target, refused)
-    optimizer.zero_grad(set_to_none=True)
-    if norm is None or skipped is None:
-        raise ValueError("no parameter that the optimizer holds received a gradient; check that the loss depends on "
-                         "the model's trainable parameters and that the optimizer was given them")
-    state.pending = Pending.of(window.loss_sum, window.num_targets, norm, skipped, most_targets=window.most_targets,
-                               drawn=window.drawn)
-    window.clear()
-    state.counters.step += 1
-
-
-def _judge(loss_sum: Tensor, num_targets: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """(1 / number of targets, not 0 if the loss alone forbids an update), without waiting for the device.
-
-    A window without a target has nothing to say either: a zero gradient would still decay weights and moments.
-    """
-    if on_host(loss_sum.device):
-        loss, count = read_scalar(loss_sum), read_scalar(num_targets)
-        return 1.0 / max(1.0, count), float(not math.isfinite(loss) or count == 0)
-    refused = (~torch.isfinite(loss_sum)) | (num_targets == 0)
-    return num_targets.clamp(min=1).to(torch.float32).reciprocal(), refused.to(torch.float32)
-
-
-def _update_with_foreign_optimizer(state: TrainState, max_grad_norm: float,
-                                   norm_of: Callable[[list[Tensor]], Tensor], per_target: Tensor | float,
-                                   refused: Tensor | float) -> tuple[Tensor | None, Tensor | None]:
-    """The same for any torch optimizer: they cannot be told to skip on the device, so the verdict is read here, one
-    wait per step (free on the CPU)."""
-    optimizer, scaler = state.optimizer, state.scaler
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not grads:
-        return None, None
-    if any(grad.is_sparse for grad in grads):
-        raise ValueError("a parameter has a sparse gradient; use dense ones (Embedding(sparse=False))")
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    norm = norm_of(grads) * per_target
-    length = read_scalar(norm)
-    skip = not math.isfinite(length) or bool(read_scalar(refused))
-    if not skip:
-        clip = min(1.0, max_grad_norm / (length + 1e-6)) if max_grad_norm else 1.0
-        torch._foreach_mul_(grads, per_target * clip)
-        if scaler is not None:
-            scaler.step(optimizer)
-        else:
-            optimizer.step()
-    if scaler is not None:
-        scaler.update()
-    return norm, torch.full((), float(skip), device=norm.device)
 
 
 def settle(state: TrainState, config: TrainConfig, parts: Parts) -> None:

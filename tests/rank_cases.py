@@ -234,6 +234,63 @@ def short_of_memory(parallel: str) -> dict[str, Tensor]:
     return found
 
 
+def tight(place: str, parallel: str) -> dict[str, Tensor]:
+    """The last rank has no memory for two rows at a time in its second block: in the forward, in the backward, or only
+    in the second micro-batch of a step, where parameters are gathered already. All ranks do the window in halves."""
+    model, failures = gpt(num_layers=3), 0
+
+    def fail(*_: Any) -> None:
+        nonlocal failures
+        failures += 1
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def look(module: nn.Module, arguments: Any, output: Any) -> None:
+        tight = WORLD > 1 and RANK == WORLD - 1 and output.size(0) > 1 and output.requires_grad
+        if tight and not (place == "second" and seen.states[0].window.micro_step == 0):
+            output.register_hook(fail) if place == "backward" else fail()
+
+    events, seen = Events(), Seen()
+    model.blocks[1].register_forward_hook(look)
+    found = train(parallel, token_loader(7), model, callbacks=[seen, events])
+    assert failures == int(WORLD > 1 and RANK == WORLD - 1), failures
+    assert events.seen == ["out_of_memory"] * (WORLD > 1), events.seen
+    return found
+
+
+def hopeless(parallel: str) -> dict[str, Tensor]:
+    """The last rank never computes a pass, and has memory to follow the others: all end with one error, none waits."""
+    model, seen = gpt(), Seen()
+
+    def fail(module: nn.Module, arguments: Any, output: Any) -> None:
+        if RANK == WORLD - 1 and not seen.states[0].window.out_of_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.blocks[1].register_forward_hook(fail)
+    try:
+        train(parallel, token_loader(7), model, micro_batches=WORLD, val_dataloader=None, callbacks=[seen])
+    except torch.OutOfMemoryError as error:
+        return {"said so": torch.tensor("one sequence of 2 at a time is still too much" in str(error))}
+    raise AssertionError("it should have ended")
+
+
+class Seen(Callback):
+    """The state, for what has to look at it."""
+
+    def __init__(self) -> None:
+        self.states: list[TrainState] = []
+
+    def on_train_start(self, state: TrainState, run: Any) -> None:
+        self.states.append(state)
+
+
+class Events(Callback):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_event(self, state: TrainState, kind: str, details: Any) -> None:
+        self.seen.append(kind)
+
+
 def sampled(parallel: str) -> dict[str, Tensor]:
     """Generation in the middle of training takes all ranks and changes nothing."""
     class Letters:
@@ -460,6 +517,10 @@ CASES: dict[str, Callable[[str], dict[str, Tensor]]] = {
     "odd": odd,
     "twice": lambda parallel: odd(parallel, Odd(twice=True)),
     "short_of_memory": short_of_memory,
+    "tight_forward": functools.partial(tight, "forward"),
+    "tight_backward": functools.partial(tight, "backward"),
+    "hopeless": hopeless,
+    "tight_second": functools.partial(tight, "second"),
     "sent_in_backward": sent_in_backward,
     "sampled": sampled,
     "meta": on_meta,

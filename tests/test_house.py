@@ -68,7 +68,7 @@ LEVELS = [
         "speculation",
         "vocab_parallel",
     },
-    {"beam_search", "rank_parts", "replicas", "shard_files", "sharded_head"},
+    {"beam_search", "rank_parts", "replicas", "shard_files", "sharded_head", "update"},
     {"generation_loop"},
     {
         "averaging",

@@ -26,6 +26,7 @@ TWO = [f"{name}-{parallel}" for parallel in ("ddp", "fsdp")
                     "sampled")]
 TWO += ["one_micro_batch-ddp", "global_batch-ddp", "bf16_moments-fsdp", "amp-fsdp", "meta-fsdp", "meta-ddp"]
 TWO += ["untied-fsdp-vocab", "untied_few-fsdp-vocab", "untied_meta-fsdp-vocab"]
+TWO += ["tight_forward-fsdp", "tight_backward-fsdp", "tight_second-fsdp", "hopeless-fsdp"]
 TWO += ["norms-fsdp", "signalled-fsdp", "odd-ddp", "twice-ddp", "short_of_memory-ddp"]
 COMPILED = ["compiled-ddp", "compiled-fsdp"]
 FOUR = ["ragged-ddp", "odd-ddp", "norms-hsdp", "untied-fsdp-vocab"]
@@ -37,7 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for world_size, names in ((2, [*TWO, "sent_in_backward-ddp"]), (4, FOUR)):
         (folder / str(world_size)).mkdir()
         more = ["paced-ddp", "verified-ddp", "verified-fsdp"] if world_size == 2 else []
-        finish(start(world_size, folder / str(world_size), *names, *more))
+        finish(start(world_size, folder / str(world_size), *names, *more), timeout=600)  # some forty cases
     return folder
 
 
