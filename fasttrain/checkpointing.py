@@ -53,7 +53,7 @@ from fasttrain.storage import (
     sync_directory,
     write_file,
 )
-from fasttrain.treefiles import describe, naming_file, read_tree, take_tree, write_trees
+from fasttrain.treefiles import describe, naming_file, read_tree, take_tree, verify_tree, write_trees
 from fasttrain.trees import (
     JSON,
     MAX_JSON_BYTES,
@@ -238,7 +238,7 @@ def verify_checkpoint(path: Path | str, *, from_disk: bool = False, names: Itera
                 # What a rank's tree takes is given back: there may be thousands, and each is dropped at once.
                 passing = replace(budget) if is_rank_tree(name) else budget
                 try:
-                    read_tree(directory, name, entry, passing, from_disk=from_disk)
+                    verify_tree(directory, name, entry, passing, from_disk=from_disk)
                 except (ValueError, OSError) as error:
                     problems.append(describe(error))
     except CheckpointError as error:

@@ -27,7 +27,7 @@ from .ops._dispatch import choose
 from .ops.adamw import AdamW
 from .products import onednn_advantage, use_onednn
 from .products import restore as restore_products
-from .utils import available_memory_bytes, format_bytes
+from .utils import available_memory_bytes, format_bytes, process_room
 
 _MEMORY = "cpu memory policy"
 
@@ -225,6 +225,8 @@ def tune_cpu_memory(reserve_bytes: int | None = None) -> Optimization:
     if libc_name != "glibc":
         other = libc_name or "another C library"
         return Optimization(name, False, f"needs glibc's mallopt; this is {platform.system()} with {other}")
+    if process_room() is not None:
+        return Optimization(name, False, "a limit on this process's memory (RLIMIT_DATA) counts what is kept, too")
     libc = ctypes.CDLL(None)
     if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
         return Optimization(name, False, "glibc refused mallopt")

@@ -19,7 +19,7 @@ from torch import Tensor
 from .manifest import TreeEntry, is_rank_tree, tensor_file, tree_of_rank
 from .shards import Part
 from .storage import open_directory, open_regular
-from .tensorfile import TensorSpec, map_tensors
+from .tensorfile import TensorSpec, map_tensor
 from .treefiles import naming_file, read_specs, read_structure, read_tree
 from .trees import ReadBudget
 
@@ -50,6 +50,7 @@ class RankParts:
         self.ranks: Sequence[int] = sorted(int(name.rpartition("_")[2]) for name in trees if is_rank_tree(name))
         """Those that wrote a tree."""
         self._path, self._trees, self._budget, self._hashed = path, trees, budget, hashed
+        self._room = ReadBudget(budget.left)  # for the tensors themselves, which the files hold, too
         self._opened: dict[int, _Opened] = {}
         self._shared: dict[tuple[tuple[str, TensorSpec], ...], _Places] = {}
 
@@ -67,7 +68,7 @@ class RankParts:
                 open_regular(directory, file) as descriptor:
             if _identity(descriptor) != opened.identity:
                 raise ValueError("it was replaced while it was read")
-            (_, tensor), = map_tensors(descriptor, {place: spec}, self._budget)
+            tensor = map_tensor(descriptor, place, spec, self._budget)
         return tuple(opened.starts[index:index + tensor.dim()]), tensor
 
     def open(self, rank: int) -> _Opened:
@@ -105,7 +106,7 @@ class RankParts:
 
     def reserve(self, num_bytes: int, place: str) -> None:
         """Before memory is taken for a whole tensor: ValueError where the checkpoint is too small to hold that."""
-        self._budget.take(num_bytes, f"tensor {place!r}")
+        self._room.take(num_bytes, f"tensor {place!r}")
 
     def _keep(self, rank: int, opened: _Opened) -> _Opened:
         self._budget.take(opened.starts.itemsize * len(opened.starts) + 512, tree_of_rank(rank))

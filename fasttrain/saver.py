@@ -28,7 +28,7 @@ from .retention import prune_checkpoints
 from .shard_files import SharedSave
 from .state import TrainState
 from .storage import CheckpointSpaceError, free_bytes
-from .treefiles import describe, read_tree
+from .treefiles import describe, verify_tree
 from .trees import ReadBudget
 from .utils import available_memory_bytes, format_bytes
 
@@ -233,7 +233,7 @@ def _padded(size: int) -> int:
 
 def _read_back(directory: int, name: str, entry: TreeEntry) -> None:
     size = 0 if entry.tensor_file is None else entry.tensor_file.size
-    read_tree(directory, name, entry, ReadBudget.of_size(size), from_disk=True)
+    verify_tree(directory, name, entry, ReadBudget.of_size(size), from_disk=True)
 
 
 def _finite(snapshot: Snapshot) -> bool:

@@ -128,17 +128,29 @@ def map_tensors(descriptor: int, specs: Mapping[str, TensorSpec], budget: ReadBu
     """
     mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     for name, spec in specs.items():
-        dtype = DTYPES[spec.dtype]
-        if spec.start == spec.end:
-            yield name, torch.empty(spec.shape, dtype=dtype)
-            continue
-        raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=spec.start, count=spec.end - spec.start)
-        if raw.data_ptr() % dtype.itemsize:
-            budget.take(len(raw), f"tensor {name!r}")
-            raw = raw.clone()  # not one of our files: their tensors are aligned
-        if dtype is torch.bool and int(raw.max()) > 1:
-            raise ValueError(f"tensor {name!r} is bool but holds a byte that is neither 0 nor 1")
-        yield name, raw.view(dtype).reshape(spec.shape)
+        yield name, _mapped(mapping, 0, name, spec, budget)
+
+
+def map_tensor(descriptor: int, name: str, spec: TensorSpec, budget: ReadBudget) -> Tensor:
+    """One tensor, backed by a mapping of its own pages alone: address space is limited, too."""
+    base = spec.start - spec.start % mmap.ALLOCATIONGRANULARITY
+    if spec.start == spec.end:
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+    mapping = mmap.mmap(descriptor, spec.end - base, access=mmap.ACCESS_COPY, offset=base)
+    return _mapped(mapping, base, name, spec, budget)
+
+
+def _mapped(mapping: mmap.mmap, base: int, name: str, spec: TensorSpec, budget: ReadBudget) -> Tensor:
+    dtype = DTYPES[spec.dtype]
+    if spec.start == spec.end:
+        return torch.empty(spec.shape, dtype=dtype)
+    raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=spec.start - base, count=spec.end - spec.start)
+    if raw.data_ptr() % dtype.itemsize:
+        budget.take(len(raw), f"tensor {name!r}")
+        raw = raw.clone()  # not one of our files: their tensors are aligned
+    if dtype is torch.bool and int(raw.max()) > 1:
+        raise ValueError(f"tensor {name!r} is bool but holds a byte that is neither 0 nor 1")
+    return raw.view(dtype).reshape(spec.shape)
 
 
 def _parse_spec(name: str, entry: JSON, base: int, what: str) -> TensorSpec:

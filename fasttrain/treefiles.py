@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
 from fasttrain.manifest import (
@@ -32,6 +33,7 @@ from fasttrain.tensorfile import (
     TensorSpec,
     header_length,
     layout,
+    map_tensor,
     map_tensors,
     parse_header,
     tensor_bytes,
@@ -39,6 +41,8 @@ from fasttrain.tensorfile import (
 from fasttrain.trees import JSON, MAX_JSON_BYTES, ReadBudget, Tree, dump_json, parse_json, unflatten_tree
 
 PARALLEL_BYTES = 8 * 2**20
+
+_NOTHING = torch.empty(0)
 
 
 def write_trees(directory: int, trees: Mapping[str, tuple[bytes, Mapping[str, Tensor]]]) -> dict[str, TreeEntry]:
@@ -122,8 +126,7 @@ def take_tree(budget: ReadBudget, name: str, text: bytes, tensors: Mapping[str, 
     budget.take(len(specs) * TENSOR_BYTES, f"tree {name!r}")
 
 
-def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *, from_disk: bool = False,
-              hashed: bool = True) -> Tree:
+def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *, hashed: bool = True) -> Tree:
     """The tree `name` once its files are those that `entry` describes; ValueError or OSError says which is not.
 
     Hashing, header and mapping use one descriptor, so the file that was verified is the file that is used. Without
@@ -134,9 +137,23 @@ def read_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *
         return unflatten_tree(structure, {}, name)
     file = tensor_file(name)
     with naming_file(file), open_regular(directory, file) as descriptor:
-        specs = read_specs(descriptor, entry.tensor_file, listed, budget, from_disk=from_disk, hashed=hashed)
+        specs = read_specs(descriptor, entry.tensor_file, listed, budget, hashed=hashed)
         tensors = dict(map_tensors(descriptor, specs, budget))
     return unflatten_tree(structure, tensors, name)
+
+
+def verify_tree(directory: int, name: str, entry: TreeEntry, budget: ReadBudget, *, from_disk: bool = False) -> None:
+    """Raises what `read_tree` would, without a mapping of more than one tensor. With `from_disk` the kernel is asked to
+    forget its copy of the file first."""
+    structure, listed = read_structure(directory, name, entry, budget)
+    stands: dict[str, Tensor] = {}
+    if entry.tensor_file is not None:
+        file = tensor_file(name)
+        with naming_file(file), open_regular(directory, file) as descriptor:
+            specs = read_specs(descriptor, entry.tensor_file, listed, budget, from_disk=from_disk)
+            stands = {key: map_tensor(descriptor, key, spec, budget) if spec.dtype == "BOOL" else _NOTHING
+                      for key, spec in specs.items()}
+    unflatten_tree(structure, stands, name)
 
 
 def read_structure(directory: int, name: str, entry: TreeEntry, budget: ReadBudget) -> tuple[

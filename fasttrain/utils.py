@@ -274,14 +274,30 @@ class MemoryRoom(NamedTuple):
     total: int
 
 
+def process_room() -> MemoryRoom | None:
+    """What a limit on this process's writable memory, touched or not, leaves (RLIMIT_DATA, `ulimit -d`); None without
+    one."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except (ImportError, OSError):
+        return None
+    used = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:")), None)
+    return None if used is None or limit == resource.RLIM_INFINITY else MemoryRoom(max(0, limit - used), limit)
+
+
 def memory_room(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> MemoryRoom | None:
-    """The machine's, or the container's where its limit (cgroup v2) is nearer; None where the platform does not tell.
-    Files read into a container's page cache count as available: they are dropped first."""
+    """The machine's, the container's (cgroup v2) or this process's (RLIMIT_DATA, `ulimit -d`), whose limit is nearest;
+    None where the platform does not tell. Files read into a container's page cache count as available: they are
+    dropped first."""
     try:
         fields = dict(line.split(":", 1) for line in proc.read_text(encoding="ascii").splitlines())
         room = MemoryRoom(*(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal")))
     except (OSError, KeyError, ValueError):
         return None
+    room = min(room, process_room() or room)
     try:
         limit = int((group / "memory.max").read_text())  # "max" where there is none
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -567,6 +567,11 @@ def nursery() -> Nursery:
 def tend() -> None:
     """The nursery's own loop: {"start": environment, "arguments": [...], "output": file} -> pid; {"poll": pid} -> its
     exit code, negative for a signal, or null while it runs."""
+    # A second and more of imports that each rank of fsdp would make.
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.tensor  # noqa: F401
+
     codes: dict[int, int] = {}
     for line in sys.stdin:
         message = json.loads(line)

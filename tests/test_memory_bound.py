@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from tiny_runs import tiny_trainer
 
 from fasttrain.memory_bound import MemoryBound
-from fasttrain.utils import MemoryRoom, memory_room
+from fasttrain.optimizations import tune_cpu_memory
+from fasttrain.utils import MemoryRoom, memory_room, process_room
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:          10 kB\nMemAvailable:    600 kB\n"
 
@@ -81,3 +83,18 @@ def test_room_is_that_of_the_container_where_its_limit_is_nearer(tmp_path: Path)
                         ("999999999", machine)):
         (group / "memory.max").write_text(limit)
         assert memory_room(proc, group) == room
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all writable memory on Linux alone")
+def test_a_limit_on_the_process_counts_and_nothing_is_kept_under_one() -> None:
+    assert process_room() is None
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    limit = int(fields["VmData"].split()[0]) * 1024 + (256 << 20)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        room, policy = process_room(), tune_cpu_memory()
+        assert room is not None and room.total == limit and 128 << 20 < room.available <= 256 << 20
+        assert memory_room() == room and not policy.on and "RLIMIT_DATA" in policy.reason
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
