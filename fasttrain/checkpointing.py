@@ -160,7 +160,7 @@ def load_checkpoint(path: Path | str, names: Iterable[str] | None = None, *,
                     map_location: torch.device | str = "cpu", whole: bool = True,
                     hashed: bool = True) -> dict[str, Tree]:
     """The trees `names` (None: all but those of single ranks) of the checkpoint at `path`, verified before anything is
-    returned.
+    returned. The tree of a single rank comes without its parts.
 
     CPU tensors are private mappings of the files: pages are read when touched, writing to them changes memory only, and
     they stay valid when the checkpoint is pruned. Tied tensors come back as one tensor.
@@ -182,9 +182,10 @@ def load_checkpoint(path: Path | str, names: Iterable[str] | None = None, *,
             if name not in manifest.trees:
                 raise ValueError(f"{str(path)!r} has no tree {name!r}; it has {sorted(manifest.trees)}")
         with _naming(Path(path)):
-            trees = {name: read_tree(directory, name, manifest.trees[name], budget, hashed=hashed)
-                     for name in dict.fromkeys(wanted)}
             parts = RankParts(Path(path), manifest.trees, budget, hashed=hashed)
+            trees = {name: parts.rest_of(int(name.rpartition("_")[2])) if is_rank_tree(name) else
+                     read_tree(directory, name, manifest.trees[name], budget, hashed=hashed)
+                     for name in dict.fromkeys(wanted)}
             if parts.ranks:
                 if hashed and not whole:
                     for rank in parts.ranks:

@@ -21,7 +21,7 @@ from .shards import Part
 from .storage import open_directory, open_regular
 from .tensorfile import TensorSpec, map_tensor
 from .treefiles import naming_file, read_specs, read_structure, read_tree
-from .trees import ReadBudget
+from .trees import ReadBudget, unflatten_tree
 
 _Places = Mapping[str, tuple[int, TensorSpec]]
 """By the tensor's place: (index of its first number in `starts`, where its bytes lie)."""
@@ -103,6 +103,23 @@ class RankParts:
             tree = read_tree(directory, name, self._trees[name], ReadBudget(self._budget.left), hashed=self._hashed)
         for place, (start, part) in _parts_in(tree, name, Tensor).items():
             yield place, (tuple(start), part)
+
+    def rest_of(self, rank: int) -> dict[str, Any]:
+        """What a rank wrote beside its parts (the state of its generators), without mapping these."""
+        name, passing = tree_of_rank(rank), ReadBudget(self._budget.left)
+        entry = self._trees[name]
+        with open_directory(self._path, follow=True) as directory:
+            structure, listed = read_structure(directory, name, entry, passing)
+            in_parts = {part.get("$tensor") for _, part in _parts_in(structure, name, dict).values()}
+            rest, tensors = {key: value for key, value in structure.items() if key != "parts"}, {}
+            if entry.tensor_file is not None:
+                file = tensor_file(name)
+                with naming_file(file), open_regular(directory, file) as descriptor:
+                    specs = read_specs(descriptor, entry.tensor_file, listed, passing, hashed=self._hashed)
+                    tensors = {key: map_tensor(descriptor, key, spec, passing) for key, spec in specs.items()
+                               if key not in in_parts}
+        tree: dict[str, Any] = unflatten_tree(rest, tensors, name)
+        return tree
 
     def reserve(self, num_bytes: int, place: str) -> None:
         """Before memory is taken for a whole tensor: ValueError where the checkpoint is too small to hold that."""

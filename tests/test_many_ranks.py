@@ -103,6 +103,8 @@ def test_a_rank_reads_the_files_that_hold_its_rows_and_no_others(tmp_path: Path,
     for name, shape in SHAPES.items():
         assert trees["model"][name].equal(whole(name, shape))
         assert trees["optimizer"]["state"][name]["exp_avg"].equal(whole(name, shape))
+    own = load_checkpoint(path, [tree_of_rank(7)])[tree_of_rank(7)]
+    assert set(own) == {"rng"} and own["rng"]["torch"].shape == (16,)  # without a mapping of its parts
     for file in path.glob("rank_*"):  # rank 1 of 4 needs rows 125 to 249, of 5 each; without their neighbours' files
         if int(file.stem.removeprefix("rank_")) not in (*range(25, 50), 2, 3):
             file.unlink()
