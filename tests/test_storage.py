@@ -41,6 +41,27 @@ def test_a_written_file_has_the_size_and_hash_that_were_returned(tmp_path: Path)
     assert (tmp_path / "file").stat().st_size == size
 
 
+def test_the_hash_of_a_file_that_is_written_faster_than_hashed_is_still_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SlowDigest:
+        def __init__(self) -> None:
+            self.real = sha256()
+
+        def update(self, chunk: memoryview) -> None:
+            time.sleep(0.02)
+            self.real.update(chunk)
+
+        def hexdigest(self) -> str:
+            return self.real.hexdigest()
+
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(storage.hashlib, "sha256", SlowDigest)
+    content = bytes(range(256)) * 20000
+    with storage.open_directory(tmp_path) as directory:
+        assert storage.write_file(directory, "file", [content]) == (len(content), sha256(content).hexdigest())
+
+
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
