@@ -180,7 +180,9 @@ def divided(trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                     "rows": _rows_per_rank(value)}
         return _walked(value, place, walk)
 
-    return {name: walk(tree, name) for name, tree in trees.items()}, parts
+    noted, found = {name: walk(tree, name) for name, tree in trees.items()}, parts
+    parts = {}  # `walk` refers to itself and lives until a garbage collection: it must not keep them
+    return noted, found
 
 
 def joined(trees: Mapping[str, Any], parts: Parts, *, whole: bool) -> dict[str, Any]:
@@ -206,7 +208,9 @@ def joined(trees: Mapping[str, Any], parts: Parts, *, whole: bool) -> dict[str, 
     def walk(value: Any, place: str) -> Any:
         return found[place] if place in notes else _walked(value, place, walk)
 
-    return {name: walk(tree, name) for name, tree in trees.items()}
+    whole_trees = {name: walk(tree, name) for name, tree in trees.items()}
+    found = {}  # as in `divided`
+    return whole_trees
 
 
 class _Note(NamedTuple):

@@ -118,7 +118,9 @@ def flatten_tree(tree: Tree, where: str) -> tuple[JSON, dict[str, Tensor]]:
             return items if kind is list else {"$tuple": items}
         return _encode_scalar(value, place)
 
-    return encode(tree, (), where), tensors
+    structure, found = encode(tree, (), where), tensors
+    tensors = {}  # `encode` refers to itself and lives until a garbage collection: it must not keep them
+    return structure, found
 
 
 def unflatten_tree(structure: JSON, tensors: Mapping[str, Tensor], where: str) -> Tree:
@@ -165,6 +167,7 @@ def unflatten_tree(structure: JSON, tensors: Mapping[str, Tensor], where: str) -
     tree = decode(structure, 0, where)
     if len(used) != len(tensors):
         fail(where, f"tensors that nothing refers to: {sorted(set(tensors) - used)[:3]}")
+    tensors = {}  # as in `flatten_tree`; a mapped one holds a descriptor, too
     return tree
 
 
@@ -193,7 +196,9 @@ def transform_tensors(tree: Tree, change: Callable[[Tensor], Tensor]) -> Tree:
             return type(value)({key: walk(item) for key, item in value.items()})
         return type(value)(map(walk, value)) if isinstance(value, (list, tuple)) else value
 
-    return walk(tree)
+    result = walk(tree)
+    changed = {}  # as in `flatten_tree`
+    return result
 
 
 def dump_json(value: JSON) -> bytes:

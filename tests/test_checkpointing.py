@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import fcntl
+import gc
 import math
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import struct
 import tempfile
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from fasttrain.checkpointing import (
 from fasttrain.retention import prune_checkpoints
 from fasttrain.saver import Arena
 from fasttrain.tensorfile import DTYPES, parse_header
-from fasttrain.trees import dump_json, flatten_tree, parse_json, unflatten_tree
+from fasttrain.trees import dump_json, flatten_tree, parse_json, transform_tensors, unflatten_tree
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # hundreds of saves need no disk
 DISK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -98,6 +100,20 @@ TREES = st.recursive(LEAVES, lambda inner: st.one_of(
 def test_any_tree_comes_back_exactly_from_its_json_and_tensors(tree: Any) -> None:
     structure, tensors = flatten_tree(tree, "tree")
     assert same(unflatten_tree(parse_json(dump_json(structure), "text"), tensors, "tree"), tree)
+
+
+def test_a_trees_tensors_go_when_the_last_name_for_them_goes_without_a_garbage_collection() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        structure, tensors = flatten_tree({"a": torch.zeros(3)}, "tree")
+        copied = transform_tensors({"a": tensors["a"]}, torch.clone)
+        back = unflatten_tree(structure, tensors, "tree")
+        seen = [weakref.ref(tensors["a"]), weakref.ref(copied["a"]), weakref.ref(back["a"])]
+        del structure, tensors, copied, back
+        assert [ref() for ref in seen] == [None] * 3
+    finally:
+        gc.enable()
 
 
 @DISK

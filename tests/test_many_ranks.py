@@ -5,6 +5,7 @@ No process is started: the ranks' files are written one after the other, as the 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import resource
@@ -86,11 +87,14 @@ def test_a_manifest_of_4096_ranks_is_far_below_its_limit_whatever_the_number_of_
 
 @pytest.fixture
 def few_descriptors() -> Iterator[None]:
-    """32 more files than are open now: fewer than the run has ranks."""
+    """32 more files than are open now: fewer than the run has ranks. No garbage collection gives any back."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gc.collect()
+    gc.disable()
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 32, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    gc.enable()
 
 
 SHAPES: Shapes = {"matrix": (500, 3), "vector": (130,), "few": (5, 2), "even": (200, 2)}
