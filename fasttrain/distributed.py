@@ -249,7 +249,12 @@ class Heart:
 def is_of_communication(error: BaseException) -> bool:
     """Whether an error came from a process group: lost connections and timeouts."""
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "process group"))
+    return isinstance(error, dist.DistError) or any(words in text for words in _OF_COMMUNICATION)
+
+
+_OF_COMMUNICATION = ("gloo", "nccl", "process group", "pair closure", "timed out waiting", "closed by peer",
+                     "reset by peer")
+"""The last four: what gloo says when it leaves its name out."""
 
 
 def launched_world_size() -> int:

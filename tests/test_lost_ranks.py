@@ -14,8 +14,22 @@ import pytest
 from rank_cases import ROOT, finish, start
 
 from fasttrain.checkpointing import list_checkpoints, verify_checkpoint
+from fasttrain.distributed import is_of_communication
 
 TIMEOUT = 3.0
+
+
+@pytest.mark.parametrize(("text", "is_one"), [
+    ("Application timeout caused pair closure", True),
+    ("[/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 3000ms for recv operation to complete", True),
+    ("Timed out waiting 3000ms for send operation to complete", True),
+    ("Connection closed by peer [127.0.0.1]:21033", True),
+    ("Read error [127.0.0.1]:21033: Connection reset by peer", True),
+    ("DataLoader timed out after 5 seconds", False),
+    ("mat1 and mat2 shapes cannot be multiplied", False),
+])
+def test_gloos_words_for_a_lost_rank_are_known_with_and_without_its_name(text: str, is_one: bool) -> None:
+    assert is_of_communication(RuntimeError(text)) == is_one
 
 
 def struck(folder: Path, rank: int, place: str, number: int, parallel: str) -> None:
