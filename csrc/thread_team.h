@@ -1,6 +1,6 @@
 // A few threads that do pieces of one piece of work and meet many times in it, microseconds apart. They are PyTorch's
 // own: threads of another pool would fight with those for the cores, which spin for milliseconds after each of its
-// operations (11 ms a token instead of 22 on two cores, when Python looks at the logits in between).
+// operations (`python -m bench.bench_generate --parts penalties`: there Python looks at the logits after each token).
 #pragma once
 
 #include <unistd.h>

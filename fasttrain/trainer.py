@@ -225,7 +225,7 @@ class Trainer:
         state = self._built_state()
         with preserve_rng():
             seed_all(self.config.seed)  # ranks that shuffle draw alike
-            batches = peek_batches(self.train_dataloader or (), 1)
+            batches = peek_batches(self._data, 1)
         if not batches:
             raise ValueError("verify_batch_math() needs a train_dataloader that yields a batch and can be read again")
         tolerance = 1e-4 if self.amp.dtype == torch.float32 else 5e-2
@@ -242,14 +242,19 @@ class Trainer:
 
     @functools.cached_property
     def _with_accumulation(self) -> TrainConfig:
-        return assembly.resolve_accumulation(self.config, self.train_dataloader or (), self.team.world_size)
+        return assembly.resolve_accumulation(self.config, self._data, self.team.world_size)
+
+    @property
+    def _data(self) -> Iterable[Any]:
+        """The training batches, none without a loader; an empty loader is false, and still the one to name."""
+        return () if self.train_dataloader is None else self.train_dataloader
 
     def _resolved(self) -> TrainConfig:
         return self._with_accumulation
 
     def _built_state(self) -> TrainState:
         if self.state is None:
-            config, loader = self._resolved(), self.train_dataloader or ()
+            config, loader = self._resolved(), self._data
             model, self.optimizations = apply_optimizations(
                 self.model, config, self.device, own_loss=self.loss_fn is not None, loader=loader)
             self.spread, how = spread_model(
@@ -340,12 +345,12 @@ class Trainer:
         continued = self.resumed_from is not None or state.step > 0 or state.window.micro_step > 0
         describe = functools.partial(
             Run, config, self.checkpoint_dir if team.leads else None, state.step if continued else None,
-            assembly.planned_steps(config, self.train_dataloader or (), team.world_size), self.progress.log,
+            assembly.planned_steps(config, self._data, team.world_size), self.progress.log,
             None if self.tokenizer is None else assembly.breakable_generation(
                 unwrap(self.model), self.tokenizer, interruption if team.is_alone else Interruption(), self.callbacks,
                 spread.within),
             loss_fn=self._loss, peak_flops=peak_flops(self.device, self.amp.dtype),
-            flops_per_token=flops_per_token(self.model, assembly.batch_shape(self.train_dataloader or ())[1]),
+            flops_per_token=flops_per_token(self.model, assembly.batch_shape(self._data)[1]),
             checkpoint=lambda: session.checkpoint, team=team)
         self._saver = session.saver
         try:

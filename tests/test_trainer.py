@@ -464,7 +464,9 @@ def _failing(match: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(("match", "changes"), [
-    _failing("yields no batch", loader=[[]][:0] or iter(())),
+    _failing(r"\(tuple_iterator\) yields no batch", loader=iter(())),
+    _failing(r"\(list\) yields no batch", loader=[]),
+    _failing(r"\(DataLoader\) yields no batch", loader=torch.utils.data.DataLoader([])),
     _failing("no limit", max_steps=0),
     _failing("cannot be derived", max_steps=0, max_seconds=1.0),
     _failing("must be below the run's 6 steps", warmup_steps=6),

@@ -67,8 +67,9 @@ def tiny_trainer(directory: Path | None = None, loader: Any = None, model: nn.Mo
                  scheduler: Any = None, **config: Any) -> Trainer:
     settings: dict[str, Any] = {"max_steps": 6, "lr": 1e-2, "precision": "float32", "log_every_steps": 2,
                                 "preflight": False, **config}
-    return Trainer(model=tiny_gpt() if model is None else model, train_dataloader=loader or token_loader(),
-                   val_dataloader=val_dataloader, config=TrainConfig(**settings), checkpoint_dir=directory,
+    return Trainer(model=tiny_gpt() if model is None else model,
+                   train_dataloader=token_loader() if loader is None else loader, val_dataloader=val_dataloader,
+                   config=TrainConfig(**settings), checkpoint_dir=directory,
                    callbacks=callbacks, loss_fn=loss_fn, optimizer=optimizer, scheduler=scheduler)
 
 

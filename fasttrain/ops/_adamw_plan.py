@@ -28,8 +28,7 @@ class Plan(NamedTuple):
     params: list[Tensor]
     with_grad: list[bool]  # for each of `params`
     keys: list[Tensor]  # of the optimizer's state, in its order
-    entries: list[dict[str, Any]]  # its values
-    names: list[str]  # of all entries, one after the other
+    names: list[str]  # in its entries, one after the other
     values: list[Tensor]
 
 
@@ -45,7 +44,7 @@ def make_plan(groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]],
     torch.ops.fasttrain.adamw_plan(native.id, own, *others)
     entries = list(state.values())
     return Plan(native, [len(group["params"]) for group in groups], params, [p.grad is not None for p in params],
-                list(state), entries, list(chain.from_iterable(entries)),
+                list(state), list(chain.from_iterable(entries)),
                 list(chain.from_iterable(map(dict.values, entries))))
 
 
@@ -53,7 +52,7 @@ def bound(plan: Plan, groups: list[dict[str, Any]], state: dict[Tensor, dict[str
     """Binds the gradients of this step, which the caller keeps until it is over; None if the plan does not hold."""
     params, entries = parameters_of(groups), list(state.values())
     if not (not being_traced() and [len(group["params"]) for group in groups] == plan.group_sizes
-            and _same(params, plan.params) and _same(state, plan.keys) and _same(entries, plan.entries)
+            and _same(params, plan.params) and _same(state, plan.keys)
             and list(chain.from_iterable(entries)) == plan.names
             and _same(chain.from_iterable(map(dict.values, entries)), plan.values)):
         return None

@@ -32,6 +32,7 @@ __all__ = ["AdamW", "Shard", "Terms", "adamw_reference", "global_norm", "round_s
 IMPLEMENTATIONS["adamw"] = ("reference", "cpp", "triton")
 
 _STATE_DTYPES = ("float32", "bfloat16", "int8")
+_OWN = ["max_grad_norm", "ema_decay", "impl", "state_dtype", "master", "rounding_seed", "grad_norm", "last_found_inf"]
 
 
 class Shard(NamedTuple):
@@ -143,10 +144,8 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is not None:
-            if self._step_by_plan(self._plan, grad_scale, found_inf, zero_grads):
-                return loss
-            self._plan = None
+        if self._step_by_plan(grad_scale, found_inf, zero_grads):
+            return loss
         compiled, plain = self._share_out(self._members())
         members = [*itertools.chain(*compiled.values()), *plain]
         if not members:
@@ -168,28 +167,37 @@ class AdamW(Optimizer):
             self._update_plain(plain, terms, multiplier, skip)
         if zero_grads and (plain or skipped):
             torch._foreach_zero_([member.grad for member in (members if skipped else plain)])
-        if list(compiled) == [("fasttrain", torch.device("cpu"))] and not plain and not self.shards:
-            self._plan = make_plan(self.param_groups, self.state, members)
+        held = list(compiled) == [("fasttrain", torch.device("cpu"))] and not plain and not self.shards
+        self._plan = make_plan(self.param_groups, self.state, members) if held else None
         return loss
 
-    def _step_by_plan(self, plan: Plan, grad_scale: Tensor | float | None, found_inf: Tensor | float | None,
+    def _step_by_plan(self, grad_scale: Tensor | float | None, found_inf: Tensor | float | None,
                       zero_grads: bool) -> bool:
-        """Whether the plan held and the step is done."""
-        if self.shards or not on_host(torch.device("cpu")):
+        """Whether there is a plan that held, and the step is done."""
+        plan, self._plan = self._plan, None
+        if plan is None or self.shards or not on_host(torch.device("cpu")):
             return False
-        grads = bound(plan, self.param_groups, self.state)
-        if grads is None:
+        if (_grads := bound(plan, self.param_groups, self.state)) is None:  # kept until the step is over
             return False
         multiplier: float | None = 1.0
         if not (self.max_grad_norm is None and grad_scale is None and found_inf is None):
             norm = torch.full((), plan.native.norm(), dtype=torch.float32, device="cpu")
             multiplier = self._guard_on_host(self.norm_of_all(norm), grad_scale, found_inf)
         if multiplier is not None:
-            terms = [self._terms(group) for group in self.param_groups]
-            plan.native.update(terms, multiplier, self.rounding_seed, zero_grads)
+            plan.native.update(list(map(self._terms, self.param_groups)), multiplier, self.rounding_seed, zero_grads)
         elif zero_grads:
             plan.native.zero()
+        self._plan = plan
         return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.shards:
+            raise TypeError("AdamW: parameters are spread over ranks; load the state_dict into a new one instead")
+        return super().__getstate__() | {key: value for key, value in vars(self).items() if key in _OWN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.shards, self.norm_of_all, self._plan = {}, lambda norm: norm, None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """PyTorch's, without its bookkeeping when gradients are dropped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from fasttrain.ops import adamw
 from fasttrain.ops.adamw import AdamW
 
 pytestmark = [needs_cpp, pytest.mark.usefixtures("poisoned_memory")]
-SHAPES = ((), (3,), (257,), (70, 100), (3, 0), (4096,))
+SHAPES = ((3,), (3,), (257,), (70, 100), (3, 0), (4096,), ())
 
 
 def fresh(state_dtype: str = "int8", **options: Any) -> AdamW:
@@ -110,6 +111,30 @@ def taken_out(o: AdamW, p: Tensor) -> None:
     o.param_groups[0]["params"] = [q for q in o.param_groups[0]["params"] if q is not p]
 
 
+def replaced(o: AdamW, p: Tensor) -> None:
+    other = nn.Parameter(p.detach() + 1)
+    other.grad = p.grad
+    o.param_groups[0]["params"][3] = other
+
+
+def regrouped(o: AdamW, p: Tensor) -> None:
+    *params, last = o.param_groups[0]["params"]
+    o.param_groups.append({**o.param_groups[0], "params": [last], "lr": 0.5})
+    o.param_groups[0]["params"] = params
+
+
+def renamed(o: AdamW, p: Tensor) -> None:
+    other = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
+    o.state[p] = {other.get(key, key): value for key, value in o.state[p].items()}
+
+
+def exchanged_states(o: AdamW, p: Tensor) -> None:
+    keys, entries = list(o.state), list(o.state.values())
+    keys[0], keys[1] = keys[1], keys[0]
+    o.state.clear()
+    o.state.update(zip(keys, entries))
+
+
 def other_options(o: AdamW, p: Tensor) -> None:
     o.param_groups[0].update(lr=0.01, betas=(0.5, 0.5), maximize=True)
     o.rounding_seed, o.max_grad_norm = 77, None
@@ -127,7 +152,8 @@ def averages_swapped(o: AdamW, p: Tensor) -> None:
 
 
 CHANGES = [moved, transposed, narrower, scattered_gradient, no_gradient, new_entry, moved_entry, exchanged_entries,
-           counted, forgotten, another_parameter, taken_out, other_options, reloaded, averages_swapped]  # fmt: skip
+           counted, forgotten, another_parameter, taken_out, replaced, regrouped, renamed,
+           exchanged_states, other_options, reloaded, averages_swapped]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -161,6 +187,19 @@ def test_gradients_are_not_kept_and_neither_is_a_plan_whose_optimizer_is_gone() 
     assert state() is None
     with pytest.raises(RuntimeError, match=f"no plan {number}"):
         torch.ops.fasttrain.adamw_bind(number, [torch.ones(3)])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))],
+                         ids=["copied", "pickled"])  # fmt: skip
+def test_a_copy_of_an_optimizer_goes_on_with_the_same_bits_and_options(duplicate: Callable[[AdamW], AdamW]) -> None:
+    optimizer = fresh(ema_decay=0.9)
+    other = duplicate(optimizer)
+    for each in (optimizer, other):
+        for seed in (3, 4):
+            set_gradients(list(each._parameters()), seed)
+            each.step()
+    assert_same_bits(optimizer, other)
+    assert other.max_grad_norm == 1.0 and not set(map(id, optimizer._parameters())) & set(map(id, other._parameters()))
 
 
 def test_who_records_ops_sees_the_update() -> None:
