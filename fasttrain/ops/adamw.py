@@ -196,8 +196,9 @@ class AdamW(Optimizer):
         return super().__getstate__() | {key: value for key, value in vars(self).items() if key in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "state_dtype" in state:  # a copy of a whole optimizer; PyTorch's load_state_dict hands over state and groups
+            self.shards, self.norm_of_all, self._plan = {}, lambda norm: norm, None
         super().__setstate__(state)
-        self.shards, self.norm_of_all, self._plan = {}, lambda norm: norm, None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """PyTorch's, without its bookkeeping when gradients are dropped."""

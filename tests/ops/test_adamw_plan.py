@@ -202,6 +202,14 @@ def test_a_copy_of_an_optimizer_goes_on_with_the_same_bits_and_options(duplicate
     assert other.max_grad_norm == 1.0 and not set(map(id, optimizer._parameters())) & set(map(id, other._parameters()))
 
 
+def test_a_loaded_state_leaves_what_ranks_have_agreed_on() -> None:
+    optimizer = fresh()
+    shards, norm_of_all = {p: adamw.Shard(256, 4 * p.numel()) for p in optimizer._parameters()}, torch.neg
+    optimizer.shards, optimizer.norm_of_all = shards, norm_of_all
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.shards is shards and optimizer.norm_of_all is norm_of_all
+
+
 def test_who_records_ops_sees_the_update() -> None:
     class Recorded(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
