@@ -11,6 +11,24 @@
 
 namespace fasttrain::avx2 {
 
+// to[k][i] = from[i][first + k] for eight values of eight rows; all eight of each row of `to` are written.
+inline void transpose_8x8(const float* const* from, std::int64_t first, float* to, std::int64_t stride) {
+  __m256 row[8], pair[8], four[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from[i] + first);
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + i * stride, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + (i + 4) * stride, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+}
+
 struct Vec {
   using real = float;
   static constexpr int width = 8;

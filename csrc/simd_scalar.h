@@ -9,6 +9,12 @@
 
 namespace fasttrain::scalar {
 
+// to[k][i] = from[i][first + k] for eight values of eight rows.
+inline void transpose_8x8(const float* const* from, std::int64_t first, float* to, std::int64_t stride) {
+  for (int k = 0; k < 8; ++k)
+    for (int i = 0; i < 8; ++i) to[k * stride + i] = from[i][first + k];
+}
+
 template <class Real>
 struct OneLane {
   using real = Real;

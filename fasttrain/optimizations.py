@@ -25,7 +25,7 @@ from .losses import linear_head
 from .ops import backend_info
 from .ops._dispatch import choose
 from .ops.adamw import AdamW
-from .products import onednn_advantage, use_onednn
+from .products import fastest, use_fast_products
 from .products import restore as restore_products
 from .utils import available_memory_bytes, format_bytes, process_room
 
@@ -133,16 +133,15 @@ def _fused_linear_loss(model: nn.Module, device: torch.device, own_loss: bool) -
 
 
 def _products(model: nn.Module, device: torch.device) -> Optimization:
-    """Which library multiplies the float32 matrices of the linear layers."""
-    name = "oneDNN products"
+    """Whose kernels multiply the float32 matrices of the linear layers."""
+    name = "matrix products"
     if device.type != "cpu":
         return Optimization(name, False, f"the model is on {device.type}")
-    faster, reason = onednn_advantage()
-    count = use_onednn(model) if faster else 0
-    if faster and not count:
-        reason = "the model has no float32 nn.Linear"
-    return Optimization(name, count > 0, f"{reason}; {count} linear layers" if count else reason,
-                        functools.partial(restore_products, model))
+    by, reason = fastest()
+    count = use_fast_products(model) if by != "torch" else 0
+    if by != "torch":
+        reason = f"{by}: {reason}; {count} linear layers" if count else "the model has no float32 nn.Linear"
+    return Optimization(name, count > 0, reason, functools.partial(restore_products, model))
 
 
 def _tf32(device: torch.device) -> Optimization:

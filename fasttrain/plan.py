@@ -25,7 +25,7 @@ import torch
 from .ops._adamw_moments import new_moments
 from .ops._linear_chunks import rows_per_chunk
 from .planned_model import PlannedModel, planned_model
-from .products import _SLICE_BYTES, MIN_MULTIPLICATIONS, onednn_advantage
+from .products import MIN_MULTIPLICATIONS, SLICE_BYTES, fastest
 from .step_memory import StepMemory, trace_step
 from .utils import format_bytes, format_count
 
@@ -165,8 +165,8 @@ class Plan:
         copied = (V + rows) * D * item if narrow != (setting.weights == "bfloat16") else 0
         wide = 4 * V * D if setting.weights != "float32" else 0
         products = [rows * D * item, V * D * item if narrow and setting.weights == "float32" else 0]
-        if on_cpu and not narrow and rows * V * D >= MIN_MULTIPLICATIONS and onednn_advantage()[0]:
-            step = min(max(_SLICE_BYTES // (4 * max(rows, D)), 128), V)
+        if on_cpu and not narrow and rows * V * D >= MIN_MULTIPLICATIONS and fastest()[0] == "onednn":
+            step = min(max(SLICE_BYTES // (4 * max(rows, D)), 128), V)
             products.append(4 * (2 * rows * step + 2 * step * D + rows * D))
         return rows * V * item + copied + wide + max(products)
 

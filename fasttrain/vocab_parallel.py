@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from .ops._dispatch import Impl
 from .ops._shard_rows import local_targets, shard_gradient, shard_statistics
 from .ops.cross_entropy import Reduction
-from .products import fill_product, fill_transposed_product, product, usable
+from .products import By, add_transposed_product, kernels_for, multiply, multiply_into
 from .utils import on_host
 from .vocab_shards import Shards, agree, fingerprint, local_parts
 
@@ -185,7 +185,7 @@ def _chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
         multiplied = multiplied.contiguous()  # once, not in every product
     added = None if bias is None else bias.to(compute)
     workspace = _empty_matrix(shards, min(step, count), shards.size, compute, device)
-    onednn = shards.impl == "cpp" and usable(workspace.size(0), multiplied)
+    by: By = kernels_for(workspace.size(0), multiplied) if shards.impl == "cpp" else "torch"
     known, losses = lse, torch.zeros(targets.shape, dtype=wide, device=device)
     lse = torch.zeros(targets.shape, dtype=torch.float64, device=device) if known is None else known
     grad_hidden = torch.empty((count, hidden.size(1)), dtype=hidden.dtype, device=device) if needs[0] else None
@@ -196,7 +196,7 @@ def _chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
             at = slice(begin, min(begin + step, count)) if rows is None else rows[begin:begin + step]
             h, y = hidden[at].to(compute), targets[at]  # (m, D), (m,)
             z = workspace[:y.size(0)]  # (m, S): logits, then their gradient
-            _fill_logits(z, h, multiplied, added, onednn)
+            multiply_into(by, z, h, multiplied.t(), added)
             local = local_targets(y, shards.start, shards.size, shards.terms.ignore_index)
             if known is None:
                 statistics = shard_statistics(shards.impl, z, local, shards.terms)
@@ -206,10 +206,9 @@ def _chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
                 continue
             shard_gradient(shards.impl, z, local, lse[at], factors[at], shards.terms, shards.total, in_place=True)
             if grad_hidden is not None:
-                part = product(z, multiplied.t()) if onednn else torch.mm(z, multiplied)
-                grad_hidden[begin:begin + step] = part.to(hidden.dtype)
+                grad_hidden[begin:begin + step] = multiply(by, z, multiplied).to(hidden.dtype)
             if grad_weight is not None:
-                _add_product(grad_weight, z, h, onednn, first=begin == 0)
+                add_transposed_product(by, grad_weight, z, h, first=begin == 0)
             if grad_bias is not None:
                 grad_bias += z.sum(0, dtype=wide)
     if factors is None:
@@ -220,25 +219,6 @@ def _chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
         grad_hidden = _summed_over_ranks(grad_hidden, rows, targets.numel(), shards)
     return losses, lse, [grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
                          None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)]
-
-
-def _fill_logits(z: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool) -> None:
-    if onednn:
-        fill_product(z, h, weight, bias)
-    elif bias is None:
-        torch.mm(h, weight.t(), out=z)
-    else:
-        torch.addmm(bias, h, weight.t(), out=z)
-
-
-def _add_product(total: Tensor, z: Tensor, h: Tensor, onednn: bool, *, first: bool) -> None:
-    """total (S, D) (+)= z.T @ h, in the total's type."""
-    if onednn:
-        fill_transposed_product(total, z, h, add=not first)
-    elif total.dtype == h.dtype:
-        torch.mm(z.t(), h, out=total) if first else total.addmm_(z.t(), h)
-    else:
-        total.copy_(torch.mm(z.t(), h)) if first else total.add_(torch.mm(z.t(), h))
 
 
 def _empty_matrix(shards: Shards, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

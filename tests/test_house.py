@@ -36,8 +36,8 @@ LEVELS = [
         "screens",
         "flags",
         "llama_weights",
-        "products",
     },
+    {"products"},
     {
         "amp",
         "gradient_buckets",

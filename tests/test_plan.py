@@ -73,11 +73,12 @@ def test_the_peak_of_a_real_step_is_within_a_fiftieth(recompute: str, fused: boo
 
 
 @pytest.mark.skipif(bool(CPP_PROBLEM), reason="the compiled extension is not installed")
-@pytest.mark.parametrize(("precision", "onednn"), [("float32", False), ("float32", True), ("bfloat16", False)])
+@pytest.mark.parametrize(("precision", "by"), [("float32", "torch"), ("float32", "onednn"), ("float32", "fasttrain"),
+                                               ("bfloat16", "torch")])  # fmt: skip
 def test_what_the_fused_loss_takes_inside_is_planned_for_each_way_to_multiply(
-        monkeypatch: pytest.MonkeyPatch, precision: str, onednn: bool) -> None:
+        monkeypatch: pytest.MonkeyPatch, precision: str, by: str) -> None:
     for module in ("products", "plan"):
-        monkeypatch.setattr(f"fasttrain.{module}.onednn_advantage", lambda: (onednn, "a test says so"))
+        monkeypatch.setattr(f"fasttrain.{module}.fastest", lambda: (by, "a test says so"))
     plan = Plan(small(), setting(precision=precision))
     model = plan.model.build(torch.float32, SEQ_LEN)
     measured = peak_of_allocator(functools.partial(real_step, model, True, precision))

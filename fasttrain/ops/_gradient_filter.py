@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..products import product
+from ..products import By, multiply
 from .cross_entropy import Terms, cross_entropy_reference
 
 BLOCK_ROWS = 128
@@ -63,7 +63,7 @@ def _gradient_by_logits(logits: Tensor, targets: Tensor, terms: Terms) -> Tensor
 
 
 def add_filtered_products(namespace: str, z: Tensor, h: Tensor, weight: Tensor, scale: Tensor, eps: float, needs: Any,
-                          grad_weight: Tensor, onednn: bool) -> tuple[Tensor | None, Tensor]:
+                          grad_weight: Tensor, by: By) -> tuple[Tensor | None, Tensor]:
     """(gradient of h (n, D) or None, skipped (n,)); adds to `grad_weight` (V, D).
 
     z (n, V) is the gradient by the logits of a chunk, multiplied by `scale`: one value, or (n,).
@@ -87,17 +87,12 @@ def add_filtered_products(namespace: str, z: Tensor, h: Tensor, weight: Tensor, 
         for ids in columns.split(_SLICE_COLUMNS):
             part = torch.ops.fasttrain.take(z[at], rows, ids)  # (r, c)
             if needs[0]:
-                total += _product(part, weight.index_select(0, ids).t(), onednn)
+                total += multiply(by, part, weight.index_select(0, ids))
             if needs[1]:
-                _add_rows(grad_weight, ids, _product(part.t(), h_live.t(), onednn))
+                _add_rows(grad_weight, ids, multiply(by, part.t(), h_live))
         if grad_h is not None:
             grad_h[at].index_copy_(0, rows, total)
     return grad_h, skipped
-
-
-def _product(a: Tensor, b: Tensor, onednn: bool) -> Tensor:
-    """a @ b.T; each contiguous, or the transpose of a contiguous matrix."""
-    return product(a, b) if onednn else torch.mm(a, b.t())
 
 
 def _add_rows(total: Tensor, ids: Tensor, part: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..products import fill_product, fill_transposed_product, product, usable
+from ..products import By, add_transposed_product, kernels_for, multiply, multiply_into
 from ._gradient_filter import BLOCK_ROWS, add_filtered_products
 from .cross_entropy import Terms
 
@@ -57,7 +57,7 @@ def chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
         multiplied = multiplied.contiguous()  # once, not in every product
     added = None if bias is None else bias.to(compute)
     workspace = _empty_matrix(namespace, min(step, max(count, 1)), num_classes, compute, hidden.device)
-    onednn = namespace == "fasttrain" and usable(workspace.size(0), multiplied)
+    by: By = kernels_for(workspace.size(0), multiplied) if namespace == "fasttrain" else "torch"
     losses = torch.zeros(num_rows, dtype=wide, device=hidden.device)
     skipped = losses.new_zeros(num_rows)
     grad_hidden, grad_weight, grad_bias = _empty_gradients(namespace, hidden, weight, wide, needs, rows is not None)
@@ -71,22 +71,19 @@ def chunked(namespace: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
         at = slice(begin, min(begin + step, count)) if rows is None else rows[begin:min(begin + step, count)]
         h, y = hidden[at].to(compute), targets[at]  # (n, D), (n,)
         z = workspace[:y.size(0)]  # (n, V): logits, then their gradient
-        if onednn:
-            fill_product(z, h, multiplied, added)
-        elif added is None:
-            torch.mm(h, multiplied.t(), out=z)
-        else:
-            torch.addmm(added, h, multiplied.t(), out=z)
+        multiply_into(by, z, h, multiplied.t(), added)
         if scale is None:
             losses[at] = kernels.cross_entropy_forward(z, y, *terms)[0]
             continue
         factor = scale if scale.dim() == 0 else scale[at]
         losses[at] = kernels.cross_entropy_fused_(z, y, factor, *terms)[0]
         if filter_eps is None:
-            part = _add_products(z, h, multiplied, needs, grad_weight, first=begin == 0, onednn=onednn)
+            if needs[1]:
+                add_transposed_product(by, grad_weight, z, h, first=begin == 0)
+            part = multiply(by, z, multiplied) if needs[0] else None
         else:
             part, left_out = add_filtered_products(
-                namespace, z, h, multiplied, factor, filter_eps, needs, grad_weight, onednn)
+                namespace, z, h, multiplied, factor, filter_eps, needs, grad_weight, by)
             skipped[at] = left_out.to(wide)
         if part is not None:
             grad_hidden[at] = part.to(grad_hidden.dtype)
@@ -139,26 +136,6 @@ def _count_late(targets: Tensor, ignore_index: int) -> Callable[[], int]:
         return int(count)
 
     return wait
-
-
-def _add_products(z: Tensor, h: Tensor, weight: Tensor, needs: Any, grad_weight: Tensor, *, first: bool,
-                  onednn: bool) -> Tensor | None:
-    """The gradient of h (n, D), or None; adds z.T @ h to `grad_weight` (V, D)."""
-    if needs[1] and onednn and grad_weight.is_contiguous():
-        fill_transposed_product(grad_weight, z, h, add=not first)
-    elif needs[1]:
-        _add_product(grad_weight, z.t(), h, first=first)
-    if not needs[0]:
-        return None
-    return product(z, weight.t()) if onednn else torch.mm(z, weight)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total (+)= a @ b, in the total's type."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    else:
-        total.copy_(torch.mm(a, b)) if first else total.add_(torch.mm(a, b))
 
 
 def _empty_gradients(namespace: str, hidden: Tensor, weight: Tensor, wide: torch.dtype, needs: Any,

@@ -203,11 +203,9 @@ class AdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """PyTorch's, without its bookkeeping when gradients are dropped."""
         if not set_to_none:
-            super().zero_grad(set_to_none=False)
-            return
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
+            return super().zero_grad(set_to_none=False)
+        for p in self._parameters():
+            p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """PyTorch's form, with float32 moments where the state is int8: torch.optim.AdamW would misread the codes."""

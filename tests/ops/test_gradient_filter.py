@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttrain import ops
+from fasttrain import ops, products
 from fasttrain.backend import extension
 
 chunks = sys.modules["fasttrain.ops._linear_chunks"]
@@ -117,15 +117,14 @@ def test_what_is_left_out_does_not_depend_on_the_size_of_a_chunk(monkeypatch: py
 def test_a_peaked_distribution_saves_products_and_an_even_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, bias, targets = head()
     multiplied = 0
-    original = gradient_filter._product
+    original = gradient_filter.multiply
 
-    def counting(a: Tensor, b: Tensor, onednn: bool) -> Tensor:
+    def counting(by: products.By, a: Tensor, b: Tensor) -> Tensor:
         nonlocal multiplied
-        multiplied += a.size(0) * a.size(1) * b.size(0)
-        result: Tensor = original(a, b, onednn)
-        return result
+        multiplied += a.size(0) * a.size(1) * b.size(1)
+        return original(by, a, b)
 
-    monkeypatch.setattr(gradient_filter, "_product", counting)
+    monkeypatch.setattr(gradient_filter, "multiply", counting)
     dense = 2 * int((targets != -100).sum()) * weight.numel()
     shares = []
     for spread in (0.01, 1.0, 30.0):  # of the logits

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttrain import backend_info, ops
-from fasttrain import products as onednn
+from fasttrain import products as matrix_products
 from fasttrain.backend import extension
 from fasttrain.ops.cross_entropy import Terms
 from fasttrain.ops.linear_cross_entropy import linear_cross_entropy_reference
@@ -108,13 +108,16 @@ def test_loss_and_gradients_are_as_exact_as_pytorchs(
 
 
 @needs_extension
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_products_by_onednn_are_as_exact(monkeypatch: pytest.MonkeyPatch, reduction: str, with_bias: bool) -> None:
+@pytest.mark.parametrize("by", ["onednn", "fasttrain"])
+def test_products_by_other_kernels_are_as_exact(
+        monkeypatch: pytest.MonkeyPatch, by: str, reduction: str, with_bias: bool) -> None:
     """On processors where they are the faster ones; here on any. The last has several slices."""
-    monkeypatch.setattr(onednn, "onednn_advantage", lambda: (True, "for the test"))
-    monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 0)
+    if by == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    monkeypatch.setattr(matrix_products, "fastest", lambda: (by, "for the test"))
+    monkeypatch.setattr(matrix_products, "MIN_MULTIPLICATIONS", 0)
     for N, D, V in [(1, 1, 1), (33, 16, 63), (20, 40, 2500), (150, 20, 7300)]:
         hidden, weight, bias, targets = head(N, D, V)
         upstream = torch.linspace(-1, 2, N) if reduction == "none" else 0.37
@@ -122,7 +125,8 @@ def test_products_by_onednn_are_as_exact(monkeypatch: pytest.MonkeyPatch, reduct
             assert_as_exact_as_pytorch(
                 hidden, weight, bias if with_bias else None, targets, upstream=upstream, reduction=reduction
             )
-        assert any(event.key == "mkldnn::_linear_pointwise" for event in profile.key_averages())
+        used = "mkldnn::_linear_pointwise" if by == "onednn" else "fasttrain::product_"
+        assert any(event.key == used for event in profile.key_averages())
 
 
 @needs_extension
@@ -433,8 +437,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
 MEASURE_MEMORY = """
 import sys, torch
 from fasttrain import ops
-from fasttrain.products import product
-product(torch.randn(256, 256), torch.randn(256, 256))  # oneDNN's own fixed memory
+from fasttrain.products import fastest, multiply
+multiply(fastest()[0], torch.randn(256, 256), torch.randn(256, 256))  # oneDNN's own fixed memory
 N, V, D = 1792, 16384, 16
 def leaf(*shape): return torch.randn(*shape).requires_grad_()
 hidden, weight, targets = leaf(N, D), leaf(V, D), torch.randint(0, V, (N,))
