@@ -206,14 +206,14 @@ inline float encode_block(const float* __restrict wide, const std::uint32_t* __r
   return float_from_bits(exponent << 23);
 }
 
-// The lines that a thread needs kAhead elements later: the arithmetic of a block is long enough that the processor's own
-// prefetch, which sees one block's loads at a time, would leave memory idle.
-constexpr std::int64_t kAhead = 2 * kBlock;
+// The lines that a thread needs kAhead elements later, a unit's at a time: the processor's own prefetch sees one block's
+// loads at a time and would leave memory idle, and more lines at once than a core can wait for would stall it.
+constexpr std::int64_t kAhead = 1024;
 
 template <class T>
 FASTTRAIN_INLINE void prefetch_ahead(const T* block) {  // a number, not a pointer: it may lie beyond the array
   const std::uintptr_t next = reinterpret_cast<std::uintptr_t>(block) + kAhead * sizeof(T);
-  for (std::size_t byte = 0; byte < kBlock * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(next + byte));
+  for (std::size_t byte = 0; byte < kUnit * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(next + byte));
 }
 
 // One block of narrow moments, M their type. Units of 64 elements, so that the processor overlaps the multiplications of
@@ -223,16 +223,16 @@ inline void run_block(const Item& item, const Philox& philox, std::int64_t first
                       std::int16_t* __restrict remainder, M* __restrict narrow_m, M* __restrict narrow_v, float* scale_m, float* scale_v) {
   alignas(64) float m[kBlock], v[kBlock];
   alignas(64) std::uint32_t random[kBlock];
-  prefetch_ahead(p);
-  prefetch_ahead(g);
-  prefetch_ahead(narrow_m);
-  prefetch_ahead(narrow_v);
   constexpr bool kCoded = sizeof(M) == 1, kMaster = std::is_same_v<P, MasteredBfloat16>;
   if constexpr (kCoded) {
     decode_block<127, true>(narrow_m, *scale_m, m);
     decode_block<255, false>(narrow_v, *scale_v, v);
   }
   for (int at = 0; at < kBlock; at += kUnit) {
+    prefetch_ahead(p + at);
+    prefetch_ahead(g + at);
+    prefetch_ahead(narrow_m + at);
+    prefetch_ahead(narrow_v + at);
     random_unit(philox, first + at, random + at);
     if constexpr (!kCoded)
       for (int i = at; i < at + kUnit; ++i) { m[i] = widen(narrow_m[i]); v[i] = widen(narrow_v[i]); }
@@ -290,12 +290,12 @@ void run_chunk(const Item& item, std::int64_t begin, std::int64_t end) {
   float* v = static_cast<float*>(item.exp_avg_sq);
   std::int16_t* r = item.remainder;
   std::int64_t at = begin;
-  for (; at + kBlock <= end; at += kBlock) {
+  for (; at + kUnit <= end; at += kUnit) {
     prefetch_ahead(p + at);
     prefetch_ahead(g + at);
     prefetch_ahead(m + at);
     prefetch_ahead(v + at);
-    update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, r ? r + at : r, kBlock, item.factors);
+    update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, r ? r + at : r, kUnit, item.factors);
   }
   update<kEma, kZero, P>(p + at, g + at, m + at, v + at, kEma ? e + at : e, r ? r + at : r, end - at, item.factors);
 }
