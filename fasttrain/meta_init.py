@@ -3,9 +3,12 @@
     with torch.device("meta"):
         model = GPT(config)          # shapes, no memory
 
-After `materialise(model, device, seed)` it has the weights of `torch.manual_seed(seed); model.reset_parameters()`, each
-rank of a sharded one its rows of them: every rank draws the whole of one tensor at a time and keeps its part. Left out:
-models whose initialisation is not in `reset_parameters` of the model, or of each of its modules.
+After `materialise(model, device, seed)` it has the weights of `torch.manual_seed(seed); model.reset_parameters()`,
+each rank of a sharded one its rows of them: every rank draws the whole of one tensor at a time and keeps its part. A
+rank of n under fsdp then needs 1/n of weights, gradients and moments, and for a moment two blocks whole, the buffers
+of one, and what lies outside of the blocks: in less than the weights of a float32 model no two ranks can train it, but
+four can (with eight-bit moments). Left out: models whose initialisation is not in `reset_parameters` of the model, or
+of each of its modules.
 """
 
 from __future__ import annotations

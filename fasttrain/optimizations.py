@@ -216,6 +216,10 @@ def tune_cpu_memory(reserve_bytes: int | None = None) -> Optimization:
     The price is a higher peak of resident memory, since kept blocks fragment; `bench/bench_cpu_memory.py` shows both.
     In a Trainer's run it is bounded: see memory_bound.py.
 
+    Under a limit on the process's memory (`ulimit -d`, `ulimit -v`) it does the opposite: every large tensor stays a
+    mapping of its own. glibc gives that up when the first of them dies, and parameters that are gathered and dropped
+    (fsdp) then leave holes in the heap, together larger than the whole model.
+
     Process-wide. `.restore()` of the result gives the free memory back and sets glibc's defaults again (except that
     glibc's self-adjusting mmap threshold stays off, which cannot be undone). Off elsewhere than on Linux with glibc.
     """
@@ -224,9 +228,11 @@ def tune_cpu_memory(reserve_bytes: int | None = None) -> Optimization:
     if libc_name != "glibc":
         other = libc_name or "another C library"
         return Optimization(name, False, f"needs glibc's mallopt; this is {platform.system()} with {other}")
-    if process_room() is not None:
-        return Optimization(name, False, "a limit on this process's memory (RLIMIT_DATA) counts what is kept, too")
     libc = ctypes.CDLL(None)
+    if (room := process_room()) is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)  # in the heap, blocks of many sizes leave holes
+        return Optimization(name, False, f"a limit on this process's memory ({room.limit}) counts what is kept, too; "
+                                         "large tensors go back to the system when they die")
     if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
         return Optimization(name, False, "glibc refused mallopt")
 

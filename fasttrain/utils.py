@@ -272,31 +272,38 @@ class MemoryRoom(NamedTuple):
 
     available: int
     total: int
+    limit: str = ""
+    """What sets it, where that is a limit on this process."""
 
 
 def process_room() -> MemoryRoom | None:
-    """What a limit on this process's writable memory, touched or not, leaves (RLIMIT_DATA, `ulimit -d`); None without
-    one."""
+    """What the nearest limit on this process's memory, touched or not, leaves: RLIMIT_DATA (`ulimit -d`) on what it can
+    write to, or RLIMIT_AS (`ulimit -v`) on all addresses; None without one."""
     try:
         import resource
 
-        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except (ImportError, OSError):
         return None
-    used = next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:")), None)
-    return None if used is None or limit == resource.RLIM_INFINITY else MemoryRoom(max(0, limit - used), limit)
+    used = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("VmData:", "VmSize:")))
+    rooms = []
+    for limit, field in (("RLIMIT_DATA", "VmData"), ("RLIMIT_AS", "VmSize")):
+        total = resource.getrlimit(getattr(resource, limit))[0]
+        if field in used and total != resource.RLIM_INFINITY:
+            rooms.append(MemoryRoom(max(0, total - int(used[field].split()[0]) * 1024), total, limit))
+    return min(rooms, default=None)
 
 
 def memory_room(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> MemoryRoom | None:
-    """The machine's, the container's (cgroup v2) or this process's (RLIMIT_DATA, `ulimit -d`), whose limit is nearest;
+    """The machine's, the container's (cgroup v2) or this process's (`process_room`), whose limit is nearest;
     None where the platform does not tell. Files read into a container's page cache count as available: they are
     dropped first."""
     try:
         fields = dict(line.split(":", 1) for line in proc.read_text(encoding="ascii").splitlines())
-        room = MemoryRoom(*(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal")))
+        available, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     except (OSError, KeyError, ValueError):
         return None
+    room = MemoryRoom(available, total)
     room = min(room, process_room() or room)
     try:
         limit = int((group / "memory.max").read_text())  # "max" where there is none

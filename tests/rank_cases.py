@@ -8,16 +8,19 @@ function in its own process and compares.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,13 @@ from torch.utils.checkpoint import checkpoint
 from fasttrain import gradient_buckets
 from fasttrain.averaging import EMA
 from fasttrain.callbacks import Callback, SampleText
+from fasttrain.data import TokenDataset, TokenLoader
 from fasttrain.models.gpt import GPT, GPTConfig
 from fasttrain.profiling import Norms
 from fasttrain.screens import screen_for
 from fasttrain.shards import gathered
 from fasttrain.state import TrainState
+from fasttrain.utils import is_out_of_memory
 from fasttrain.verification import first_difference
 
 ROOT = Path(__file__).parent.parent
@@ -322,6 +327,56 @@ def on_meta(parallel: str, **options: Any) -> dict[str, Tensor]:
     return train(parallel, token_loader(7), model, seed=5, max_steps=2)
 
 
+@contextlib.contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """So many bytes that can be written to, beside those that this process has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resource.setrlimit(resource.RLIMIT_DATA, (int(fields["VmData"].split()[0]) * 1024 + num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def fits(build: Callable[[], Any]) -> bool:
+    """Whether it has the memory; tried in a copy of this process, so that nothing is left behind here."""
+    child = os.fork()
+    if not child:
+        code = 2
+        try:
+            build()
+            code = 0
+        except RuntimeError as error:
+            code = 1 if is_out_of_memory(error) else 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 1), code
+    return code == 0
+
+
+def larger_than_memory(parallel: str, hidden: int = 256, sgd: bool = False, **config: Any) -> dict[str, Tensor]:
+    """On several ranks in room for 19/20 of the weights: the model built whole is too much for such a process, and
+    training it, spread, is not. In one process without a limit. Blocks are many and alike: two are gathered at a time,
+    beside the buffers of one."""
+    sizes = GPTConfig(vocab_size=VOCAB, num_layers=26, num_heads=4, hidden_size=hidden, intermediate_size=2 * hidden,
+                      max_seq_len=4, tie_embeddings=False)
+    with torch.device("meta"):
+        model = GPT(sizes)
+    threading.stack_size(1 << 20)  # of the threads that load batches: 8 MiB each otherwise, used or not
+    loader, few = (TokenLoader(TokenDataset(tokens(count * 4 + 1), 4), 1) for count in (8, 4))
+    trainer = tiny_trainer(None, loader, model, max_steps=2, parallel=parallel, grad_accum_steps=4 // WORLD, lr=1e-3,
+                           optimizer=torch.optim.SGD(model.parameters(), 1e-3) if sgd else None,
+                           optimizer_state_dtype="int8", val_dataloader=few, **config)
+    trainer.progress.stream = io.StringIO()
+    room = sum(p.nbytes for p in model.parameters()) * 19 // 20
+    with contextlib.nullcontext() if WORLD == 1 else room_for(room):
+        assert WORLD == 1 or not fits(lambda: GPT(sizes))
+        result = trainer.train()
+    return {"losses": torch.tensor([result.train_loss, result.val_loss or 0.0], dtype=torch.float64)}
+
+
 def rounded(parallel: str) -> dict[str, Tensor]:
     """Eight-bit moments of parameters over 4096 elements, whose random bits go by the place in the whole."""
     return train(parallel, token_loader(7), gpt(64, num_heads=2), optimizer_state_dtype="int8", max_steps=4)
@@ -524,6 +579,8 @@ CASES: dict[str, Callable[[str], dict[str, Tensor]]] = {
     "sent_in_backward": sent_in_backward,
     "sampled": sampled,
     "meta": on_meta,
+    "larger": functools.partial(larger_than_memory, hidden=208, sgd=True),
+    "larger_adamw": functools.partial(larger_than_memory, preflight=True),
     "int8": rounded,
     "bf16_moments": bfloat16_moments,
     "continued": continued,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,16 @@ def test_a_model_on_the_meta_device_gets_the_weights_of_its_own_initialisation()
     fresh.reset_parameters()
     for name, tensor in fresh.state_dict().items():
         assert trainer.model.state_dict()[name].equal(tensor), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all writable memory on Linux alone")
+@pytest.mark.parametrize("name", ["larger-fsdp", *(pytest.param(f"larger_adamw-{parallel}", marks=pytest.mark.slow)
+                                                   for parallel in ("fsdp", "fsdp-vocab"))])
+def test_a_model_whose_weights_are_more_than_a_process_may_hold_trains_spread_over_four(
+        tmp_path: Path, name: str) -> None:
+    """Each rank's weights and gradients are half of all weights (with eight-bit moments 10/16)."""
+    finish(start(4, tmp_path, name))
+    compare(tmp_path, name)
 
 
 class Listening:
