@@ -3,7 +3,7 @@
     python -m bench.bench_collectives          writes its section of bench/results/parallel.md
 
 Two processes and one tensor of 16 MiB. A sum of which each rank keeps half needs half of what a whole sum needs; gloo's
-reduce-scatter takes as much, because it is one. `sharding._scatter_sum` is checked against it first, then counted.
+reduce-scatter takes as much, because it is one. `collectives.scatter_sum` is checked against it first, then counted.
 Run it on a quiet machine, or as root under `unshare -n` with `ip link set lo up`, where nobody else's traffic counts.
 """
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from bench.bench_parallel import loopback_bytes, start_ranks, write_section
-from fasttrain.sharding import _GATHER, _SCATTER, _scatter_sum
+from fasttrain.collectives import GATHER, SCATTER, scatter_sum
 
 MIB, CALLS = 16, 10
 
@@ -30,14 +30,14 @@ def work() -> None:
     rank, group = dist.get_rank(), dist.group.WORLD
     whole = torch.randn(MIB * 2**18, generator=torch.Generator().manual_seed(rank))
     half, exchanged, gathered = whole.chunk(2)[0].clone(), whole.chunk(2)[0].clone(), torch.empty_like(whole)
-    _SCATTER(half, whole)
-    _scatter_sum(exchanged, whole, group)
+    SCATTER(half, whole)
+    scatter_sum(exchanged, whole, group)
     assert torch.equal(half, exchanged)
     calls: dict[str, tuple[float, Callable[[], Any]]] = {
         "all-reduce": (2.0, lambda: dist.all_reduce(whole)),
-        "reduce-scatter": (1.0, lambda: _SCATTER(half, whole)),
-        "the same by all-to-all (fasttrain, CPU)": (1.0, lambda: _scatter_sum(exchanged, whole, group)),
-        "all-gather": (1.0, lambda: _GATHER(gathered, half)),
+        "reduce-scatter": (1.0, lambda: SCATTER(half, whole)),
+        "the same by all-to-all (fasttrain, CPU)": (1.0, lambda: scatter_sum(exchanged, whole, group)),
+        "all-gather": (1.0, lambda: GATHER(gathered, half)),
     }
     if rank == 0:
         print("| | on the wire, MiB | the least, MiB | ms |\n|---|---|---|---|")

@@ -72,7 +72,7 @@ def work(contender: str) -> None:
     if contender == AFTER:
         parallel.Replicas = functools.partial(parallel.Replicas, overlap=False)  # type: ignore[misc, assignment]
     if contender == GLOO:
-        sharding._scatter_sum = lambda output, whole, group: sharding._SCATTER(output, whole, group=group)
+        sharding.scatter_sum = lambda output, whole, group: sharding.SCATTER(output, whole, group=group)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**MODEL))

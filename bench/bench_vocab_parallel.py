@@ -5,7 +5,7 @@
 The same untied GPT with a large vocabulary and the same batches for both, in turn; the losses are compared first. Bytes
 are those that the loopback interface carried between two steps (run it on a quiet machine). What the head takes of
 them, for n ranks of N tokens: (n - 1) / n of V x D numbers gathered and as many gradients summed, from each rank;
-against (n - 1) / n of n N x D hidden states gathered and twice that for the sum of their gradients.
+against (n - 1) / n of n N x D hidden states gathered and as many numbers for their gradients.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(rounds: int = 2) -> None:
     losses = [rows[0]["loss"] for rows in seen.values()]
     assert max(losses) - min(losses) < 1e-4, losses
     V, D, tokens = MODEL["vocab_size"], MODEL["hidden_size"], 2 * BATCH * MODEL["max_seq_len"]
-    head = {"fsdp": 2 * V * D * 4, "fsdp-vocab": 3 * tokens * D * 4}  # the two ranks together send it once
+    head = {"fsdp": 2 * V * D * 4, "fsdp-vocab": 2 * tokens * D * 4}  # the two ranks together send it once
     lines = [
         f"`python -m bench.bench_vocab_parallel`, torch {torch.__version__}, {os.cpu_count()} cores, one thread each. "
         f"GPT of {MODEL}, {tokens} tokens a step in all; medians of {rounds} runs. Losses agree to "

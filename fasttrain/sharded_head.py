@@ -1,10 +1,10 @@
 """fsdp-vocab: the output head stays cut over the ranks, each of which scores all ranks' tokens against its own classes.
 
 fsdp gathers a head of V x D numbers on every rank and sums as many gradients. Here each rank keeps its rows of the head
-and is sent the others' hidden states instead, n N x D numbers for n ranks of N tokens: less where the vocabulary is
-larger than 1.5 times the tokens of all ranks, and no rank ever holds the head, its gradient or a logit of another's
-classes. The softmax over all classes is vocab_parallel's. Left out: tied heads (looking tokens up needs all rows), and
-losses of the user's own.
+and is sent the others' hidden states instead, n N x D numbers for n ranks of N tokens, and their parts of its own ones'
+gradient: less where the vocabulary is larger than the tokens of all ranks, and no rank ever holds the head, its
+gradient or a logit of another's classes. The softmax over all classes is vocab_parallel's. Left out: tied heads
+(looking tokens up needs all rows), and losses of the user's own.
 
 Legend: n ranks, N rows (tokens) of the rank that has the most, D hidden size, V classes.
 """
@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .collectives import GATHER
 from .dealing import BLANK, is_blank
 from .distributed import Team
 from .heads import linear_head
@@ -68,7 +68,7 @@ class ShardedHead:
         hidden = _Gathered.apply(F.pad(hidden, (0, 0, 0, missing)), self)  # type: ignore[no-untyped-call]  # (n N, D)
         targets_of_all = self.gathered(F.pad(targets, (0, missing), value=IGNORE))
         total = linear_cross_entropy(hidden, head.weight, targets_of_all, bias=head.bias, ignore_index=IGNORE,
-                                     softcap=head.softcap, reduction="sum").float()
+                                     softcap=head.softcap, reduction="sum", hidden_grad="own").float()
         # A rank's share in value; in gradient the whole, for no other rank has that of these classes and tokens.
         return total - total.detach() * (1 - 1 / ranks), (targets != IGNORE).sum()
 
@@ -77,8 +77,7 @@ class ShardedHead:
         every = mine.new_empty((self._team.world_size * mine.size(0), *mine.shape[1:]))
         self._team.bytes += every.nbytes
         with self._team.calling("gathering hidden states"):
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            gather(every, mine.contiguous(), group=self._group)
+            GATHER(every, mine.contiguous(), group=self._group)
         return every
 
     def mine(self, every: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class ShardedHead:
 
 
 class _Gathered(torch.autograd.Function):
-    """All ranks' rows; the gradient that comes back is summed over the ranks already (see vocab_parallel)."""
+    """All ranks' rows; the gradient that comes back has this rank's, summed over the ranks (see vocab_parallel)."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, head: ShardedHead) -> Tensor:

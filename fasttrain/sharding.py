@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .batches import num_rows, split_rows
+from .collectives import GATHER, SCATTER, scatter_sum
 from .dealing import blank, is_blank
 from .distributed import Team
 from .losses import LossFunction, batch_loss
@@ -192,11 +193,6 @@ class Shards(Whole):
         return sums
 
 
-# torch 2.13 has new names for these two and warns of the old ones.
-_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
 def _groups_of(module: Any) -> list[Any]:
     """What PyTorch's engine knows of the parameters of a sharded module."""
     return list(module._get_fsdp_state()._fsdp_param_groups)
@@ -233,7 +229,7 @@ class _Gathering:
             return None
         self._team.bytes += output_tensor.nbytes
         with self._team.calling("gathering parameters"):
-            work = _GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
+            work = GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
         self._journal.done += 1
         return work
 
@@ -256,19 +252,11 @@ class _Scattering:
         work = None
         with self._team.calling("summing gradients"):
             if input_tensor.is_cpu and op == dist.ReduceOp.SUM:
-                _scatter_sum(output_tensor, input_tensor, group)
+                scatter_sum(output_tensor, input_tensor, group)
             else:
-                work = _SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+                work = SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         self._journal.done += 1
         return work
-
-
-def _scatter_sum(output: Tensor, whole: Tensor, group: Any) -> None:
-    """gloo's reduce-scatter is an all-reduce of everything, twice the bytes: each rank is sent its part of the others'
-    instead, and adds them up, in the order of the ranks."""
-    parts = torch.empty_like(whole)
-    dist.all_to_all_single(parts, whole, group=group)
-    torch.sum(parts.view(dist.get_world_size(group), -1), 0, out=output.view(-1))
 
 
 def _allocated(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

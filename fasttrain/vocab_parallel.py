@@ -20,12 +20,13 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
+from .collectives import own_rows_of_sum
 from .ops._dispatch import Impl
 from .ops._shard_rows import local_targets, shard_gradient, shard_statistics
 from .ops.cross_entropy import Reduction
 from .products import By, add_transposed_product, kernels_for, multiply, multiply_into
 from .utils import on_host
-from .vocab_shards import Shards, agree, fingerprint, local_parts
+from .vocab_shards import HiddenGrad, Shards, agree, fingerprint, local_parts
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
@@ -76,24 +77,27 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bia
                          group: dist.ProcessGroup | None = None, vocab_start: int | None = None,
                          vocab_size: int | None = None, ignore_index: int = -100, label_smoothing: float = 0.0,
                          z_loss: float = 0.0, softcap: float | None = None, reduction: Reduction = "mean",
-                         impl: Impl = "auto") -> Tensor:
+                         impl: Impl = "auto", hidden_grad: HiddenGrad = "all") -> Tensor:
     """`ops.linear_cross_entropy(hidden, whole weight, targets, ...)` where this rank holds S rows of the weight.
 
     Args:
         hidden: (N, D), the same on every rank.
         weight: (S, D), this rank's classes, or a DTensor (V, D) in Shard(0), which brings its group with it.
         bias: (S,) or a DTensor (V,) in Shard(0), or None.
+        hidden_grad: which rows of hidden's gradient a rank gets: all, or its own, for hidden states that were gathered
+            (N / n rows of each rank, one rank after the other); the rest of it is zeros then.
         The others: as in `cross_entropy` and `ops.linear_cross_entropy`.
 
-    Returns, Raises: as `cross_entropy`.
+    Returns, Raises: as `cross_entropy`; ValueError also for rows that cannot be divided by the ranks.
 
-    Gradients: hidden's is summed over the ranks and the same on all of them; weight's and bias's are this rank's own.
+    Gradients: hidden's is summed over the ranks (with "all", the same on each), weight's and bias's are a rank's own.
 
-    On the wire: what `cross_entropy` sends, for each chunk of rows (its 16 bytes once), and one all-reduce of hidden's
-    gradient, M * D numbers in hidden's type, if that is wanted. Gathering the logits would take N * V.
+    On the wire: what `cross_entropy` sends, for each chunk of rows (its 16 bytes once), and if hidden's gradient is
+    wanted, M * D numbers in hidden's type in one all-reduce, or with "own" in one all-to-all (a reduce-scatter on an
+    accelerator), half of that. Gathering the logits would take N * V.
 
     Memory beyond results and gradients: one chunk of logits within the budget of `ops.linear_cross_entropy`; M * D
-    numbers where some rows have no target; a float32 copy and sum for 16-bit weights.
+    numbers where some rows have no target, and with "own"; a float32 copy and sum for 16-bit weights.
 
     Saved for backward: the inputs, one float64 per row, with "mean" and "sum" also the finished gradients. With "none"
     the backward computes the logits again, but sends hidden's gradient only.
@@ -101,7 +105,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bia
     sharded = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     group, local, total = local_parts(group, 0, sharded, {"hidden": hidden, "targets": targets})
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    shards = agree(group, local, options, reduction, impl, vocab_start, total if vocab_size is None else vocab_size)
+    shards = agree(group, local, options, reduction, impl, vocab_start, total if vocab_size is None else vocab_size,
+                   hidden_grad)
     if not torch.is_grad_enabled():  # or the gradients would be made for nobody
         local = {name: tensor.detach() for name, tensor in local.items()}
     targets = local["targets"].long()
@@ -216,7 +221,8 @@ def _chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     if grad_weight is not None and count == 0:
         grad_weight.zero_()
     if grad_hidden is not None:
-        grad_hidden = _summed_over_ranks(grad_hidden, rows, targets.numel(), shards)
+        summed = _own_rows if shards.hidden_grad == "own" else _summed_over_ranks
+        grad_hidden = summed(grad_hidden, rows, targets.numel(), shards)
     return losses, lse, [grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
                          None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)]
 
@@ -234,6 +240,20 @@ def _summed_over_ranks(partial: Tensor, rows: Tensor | None, num_rows: int, shar
     if rows is None:
         return partial
     return partial.new_zeros((num_rows, partial.size(1))).index_copy_(0, rows, partial)
+
+
+def _own_rows(partial: Tensor, rows: Tensor | None, num_rows: int, shards: Shards) -> Tensor:
+    """The same, of which only this rank's n-th of the N rows is summed; the others are zeros."""
+    each, rank = num_rows // shards.num_ranks, dist.get_rank(shards.group)
+    counts = [each] * shards.num_ranks
+    if rows is not None:
+        counts = torch.bincount(rows // max(each, 1), minlength=shards.num_ranks).tolist()
+    own = own_rows_of_sum(partial, counts, shards.group) if partial.numel() else partial
+    begin = sum(counts[:rank])
+    at = slice(begin, begin + counts[rank])
+    grad = partial.zero_() if rows is None else partial.new_zeros((num_rows, partial.size(1)))
+    grad[at if rows is None else rows[at]] = own
+    return grad
 
 
 def _rows_with_target(targets: Tensor, shards: Shards) -> Tensor | None:

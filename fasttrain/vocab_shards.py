@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,11 @@ from .utils import on_host
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
 _FINGERPRINT_BITS = 20  # its square, summed over thousands of ranks, is exact in float64
+
+
+HiddenGrad = Literal["all", "own"]
+"""Which rows of hidden's gradient a rank gets."""
+_HIDDEN_GRADS = ("all", "own")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Shards:
     """Of the matrix products."""
     wide: torch.dtype
     """Of losses and sums."""
+    hidden_grad: HiddenGrad = "all"
 
     def rows_per_chunk(self, count: int, device: torch.device) -> int:
         """Rows whose logits fit the workspace of the rank with the largest shard."""
@@ -76,13 +82,15 @@ def fingerprint(targets: Tensor) -> Tensor:
 
 
 def agree(group: dist.ProcessGroup, tensors: Mapping[str, Tensor], options: tuple[int, float, float, float | None],
-          reduction: Reduction, impl: Impl, vocab_start: int | None, vocab_size: int | None) -> Shards:
+          reduction: Reduction, impl: Impl, vocab_start: int | None, vocab_size: int | None,
+          hidden_grad: HiddenGrad = "all") -> Shards:
     """The vocabulary's division over `group` and this rank's place in it; gathered once for each kind of call.
 
     Args:
         tensors: `targets` (N,), and `logits` (N, S) or `hidden` (N, D), `weight` (S, D) and perhaps `bias` (S,).
         options: ignore_index, label_smoothing, z_loss, softcap.
         vocab_start, vocab_size: as in `vocab_parallel.cross_entropy`.
+        hidden_grad: as in `vocab_parallel.linear_cross_entropy`.
 
     Raises:
         ValueError: this rank's arguments, or another rank's, or both together.
@@ -92,6 +100,7 @@ def agree(group: dist.ProcessGroup, tensors: Mapping[str, Tensor], options: tupl
     try:
         check_terms(*options[1:], reduction)
         _check_tensors(tensors)
+        _check_division(hidden_grad, targets.numel(), dist.get_world_size(group))
         chosen = _resolve(impl, tensors)
         if vocab_start is not None and vocab_start < 0:
             raise ValueError(f"vocab_start is {vocab_start}; it must not be negative, or None for shards in rank order")
@@ -100,11 +109,11 @@ def agree(group: dist.ProcessGroup, tensors: Mapping[str, Tensor], options: tupl
             _gather(torch.zeros(len(_FIELDS), dtype=torch.float64, device=targets.device), group)
         raise
     terms = Terms(options[0], float(options[1]), float(options[2]), float(options[3] or 0.0))
-    row = _describe(tensors, terms, reduction, vocab_start, vocab_size)
+    row = _describe(tensors, terms, reduction, vocab_start, vocab_size, hidden_grad)
     # Of what all ranks have in common alone: or one rank would know its call and another ask for a gathering.
     kind = (chosen, targets.device, *row[_OWN:])
     if kind not in known:
-        known[kind] = row[:_OWN], _divide(row, group, terms, targets, chosen)
+        known[kind] = row[:_OWN], _divide(row, group, terms, targets, chosen, hidden_grad)
     before, shards = known[kind]
     if before != row[:_OWN]:
         raise ValueError(f"this rank held {int(before[2])} classes (vocab_start {int(before[1])}) in an earlier call "
@@ -120,7 +129,8 @@ _AGREED: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Any, tuple[list[float
 
 _FIELDS = ("valid", "vocab_start", "shard size", "vocab_size", "hidden size", "input type", "weight type",
            "type of the products", "ignore_index", "label_smoothing", "z_loss", "softcap", "reduction",
-           "whether a gradient is wanted", "number of rows", "fingerprint of the targets")
+           "whether a gradient is wanted", "which rows of hidden's gradient", "number of rows",
+           "fingerprint of the targets")
 _OWN = 3
 """So many first fields may differ from rank to rank."""
 
@@ -128,7 +138,7 @@ _WHICH_GROUP = " (is this the data-parallel group?)"
 
 
 def _describe(tensors: Mapping[str, Tensor], terms: Terms, reduction: Reduction, vocab_start: int | None,
-              vocab_size: int | None) -> list[float]:
+              vocab_size: int | None, hidden_grad: HiddenGrad) -> list[float]:
     """One number for each of _FIELDS but the last two; looks at no device."""
     weight, first = tensors.get("weight"), tensors["logits" if "logits" in tensors else "hidden"]
     wants = torch.is_grad_enabled() and first.requires_grad and weight is not None  # it is sent
@@ -137,7 +147,7 @@ def _describe(tensors: Mapping[str, Tensor], terms: Terms, reduction: Reduction,
     return [1, -1 if vocab_start is None else vocab_start, size, -1 if vocab_size is None else vocab_size,
             first.size(1) if weight is not None else 0,
             _DTYPES.index(first.dtype), -1 if weight is None else _DTYPES.index(weight.dtype), _DTYPES.index(products),
-            *terms, _REDUCTIONS.index(reduction), wants]
+            *terms, _REDUCTIONS.index(reduction), wants, _HIDDEN_GRADS.index(hidden_grad)]
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -166,6 +176,14 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is on {tensor.device} and targets on {targets.device}; all must be on one device")
 
 
+def _check_division(hidden_grad: str, num_rows: int, num_ranks: int) -> None:
+    if hidden_grad not in _HIDDEN_GRADS:
+        raise ValueError(f"hidden_grad is {hidden_grad!r}; it must be 'all' or 'own'")
+    if hidden_grad == "own" and num_rows % num_ranks:
+        raise ValueError(f"hidden has {num_rows} rows, which {num_ranks} ranks cannot own evenly; pad each rank's to "
+                         "one length before they are gathered, or use hidden_grad='all'")
+
+
 def _resolve(impl: Impl, tensors: Mapping[str, Tensor]) -> str:
     """`impl` made definite; the Triton kernels compute in float32, so `auto` takes the reference for float64."""
     chosen = resolve("cross_entropy", impl, tensors["targets"])
@@ -173,7 +191,8 @@ def _resolve(impl: Impl, tensors: Mapping[str, Tensor]) -> str:
     return "reference" if chosen == "triton" and impl == "auto" and doubles else chosen
 
 
-def _divide(row: list[float], group: dist.ProcessGroup, terms: Terms, targets: Tensor, impl: str) -> Shards:
+def _divide(row: list[float], group: dist.ProcessGroup, terms: Terms, targets: Tensor, impl: str,
+            hidden_grad: HiddenGrad) -> Shards:
     """Every rank's description, compared; the same ValueError on all ranks where they do not fit together."""
     mine = torch.tensor([*row, targets.numel(), float(fingerprint(targets)[0])], dtype=torch.float64)
     rows = _gather(mine.to(targets.device), group)
@@ -196,7 +215,8 @@ def _divide(row: list[float], group: dist.ProcessGroup, terms: Terms, targets: T
     here = dist.get_rank(group)
     compute = _DTYPES[int(row[_FIELDS.index("type of the products")])]
     wide = torch.float64 if compute == torch.float64 else torch.float32
-    return Shards(group, len(rows), starts[here], sizes[here], max(sizes), sum(sizes), terms, impl, compute, wide)
+    return Shards(group, len(rows), starts[here], sizes[here], max(sizes), sum(sizes), terms, impl, compute, wide,
+                  hidden_grad)
 
 
 def check_tiling(starts: Sequence[int], sizes: Sequence[int]) -> None:
@@ -224,6 +244,8 @@ def _named(field: int, value: float) -> str:
     name = _FIELDS[field]
     if "type" in name:
         return "none" if value < 0 else str(_DTYPES[int(value)])
+    if "which rows" in name:
+        return repr(_HIDDEN_GRADS[int(value)])
     if name == "reduction":
         return repr(_REDUCTIONS[int(value)])
     return f"{value:g}" if value != int(value) else str(int(value))

@@ -29,6 +29,7 @@ LEVELS = [
         "permutation",
         "prefetch",
         "batches",
+        "collectives",
         "dealing",
         "distributed",
         "shards",

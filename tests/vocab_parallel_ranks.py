@@ -233,24 +233,56 @@ def check_nan_and_masked_rows_spoil_no_other() -> None:
 
 
 @contextlib.contextmanager
-def counted_bytes() -> Iterator[list[int]]:
-    """Bytes of every tensor that this rank gives to an all-reduce or an all-gather inside."""
+def counted_bytes(*names: str) -> Iterator[list[int]]:
+    """Bytes of every tensor that this rank gives inside to calls of these names; by default of all but exchanges."""
     found: list[int] = []
-    all_reduce, all_gather = dist.all_reduce, dist.all_gather
+    calls = {name: getattr(dist, name) for name in names or ("all_reduce", "all_gather")}
 
-    def reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
-        return all_reduce(tensor, *args, **kwargs)
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found.append(args[name != "all_reduce"].nbytes)  # the others have the result first
+            return calls[name](*args, **kwargs)
 
-    def gather(tensors: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.numel() * tensor.element_size())
-        return all_gather(tensors, tensor, *args, **kwargs)
+        return call
 
-    dist.all_reduce, dist.all_gather = reduce, gather
+    for name in calls:
+        setattr(dist, name, counting(name))
     try:
         yield found
     finally:
-        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+        for name, call in calls.items():
+            setattr(dist, name, call)
+
+
+def check_a_rank_gets_its_own_rows_of_hiddens_gradient_where_that_is_all_it_needs() -> None:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, bias, targets = problem(48, 16, 103)
+    each, full = 48 // world, targets.clamp(min=0)
+    none_there = targets.clone()
+    none_there[each : 2 * each] = -100  # nothing of the second rank's
+    for dtype in (torch.float32, torch.bfloat16):
+        for given in (targets, full, none_there, torch.full_like(targets, -100)):
+            for reduction, upstream in (("sum", 1.0), ("none", torch.linspace(-1, 2, 48))):
+                arguments = (hidden.to(dtype), weight.to(dtype), bias.to(dtype), given, cut(103), upstream)
+                want = run_linear(*arguments, reduction=reduction)
+                with counted_bytes("all_to_all_single") as exchanged, counted_bytes() as sent:
+                    got = run_linear(*arguments, reduction=reduction, hidden_grad="own")
+                own = torch.zeros(48, dtype=torch.bool)
+                own[rank * each : (rank + 1) * each] = True
+                loose = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+                torch.testing.assert_close(got[1][own], want[1][own], **loose)
+                assert not got[1][~own].any() and all(map(torch.equal, got[:1] + got[2:], want[:1] + want[2:]))
+                num_rows = int((given != -100).sum())
+                size = num_rows * 16 * dtype.itemsize
+                assert exchanged == [size] * (num_rows > 0) and (not size or size not in sent)
+                assert torch.equal(got[1], run_linear(*arguments, reduction=reduction, hidden_grad="own")[1])
+    raises(ValueError, f"hidden has 47 rows, which {world} ranks cannot own evenly; pad",
+           lambda: run_linear(hidden[1:], weight, bias, targets[1:], cut(103), 1.0, hidden_grad="own"))
+    raises(ValueError, "hidden_grad is 'mine'; it must be 'all' or 'own'",
+           lambda: run_linear(hidden, weight, bias, targets, cut(103), 1.0, hidden_grad="mine"))
+    raises(ValueError, "which rows of hidden's gradient: rank 1 of the group has 'own' and rank 0 'all'",
+           lambda: run_linear(hidden, weight, bias, targets, cut(103), 1.0, z_loss=0.5, hidden_grad=(
+               "own" if rank == 1 else "all")))
 
 
 def check_bytes_on_the_wire_are_those_of_the_docstring() -> None:
