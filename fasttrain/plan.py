@@ -2,9 +2,10 @@
 
 Parameters come from the real model built without memory, activations from running its micro-batch on fake tensors
 (step_memory.py), optimizer states from AdamW's own layout, communication from the ring algorithms' formulas. What is
-not run is a model and is called one: the parameters that fully_shard holds gathered, the loss's workspace, and the
-headroom for the driver, the communication library and fragmentation. Left out: pipelines, tensor and context
-parallelism, and time.
+not run is a model and is called one: the parameters that fully_shard holds gathered (most in the backward, and added to
+the activations' worst moment wherever that is), the loss's workspace, and the headroom for the driver, the
+communication library and fragmentation. fsdp-vocab is planned where the head is a matrix of its own. Left out:
+pipelines, tensor and context parallelism, and time.
 
 Legend: P bytes of the parameters, G of their gradients, k micro-batches of a step, n ranks, g ranks of a node, m nodes.
 """
@@ -76,9 +77,10 @@ class Row:
     gradients: int
     optimizer: int
     gathered: int
-    """What fully_shard holds whole at one time: parameters outside of the blocks, two blocks, one block's buffer, and
-    the gradients of a block and of what is outside. With several micro-batches, the gradients of the whole model, until
-    the last one sums them, and where that is more than the activations leave free, all parameters."""
+    """What fully_shard holds whole at one time: parameters outside of the blocks (fsdp-vocab: without the head), two
+    blocks, one block's buffer, and the gradients of a block and of what is outside. With several micro-batches, the
+    gradients of the whole model, until the last one sums them, and where that is more than the activations leave free,
+    all parameters."""
     activations: int
     """What the worst moment of forward and backward takes beside all others: activations, logits, casts, temporaries,
     the loss's workspace. The gradients of a step's only micro-batch come when activations go."""
@@ -115,73 +117,89 @@ class Plan:
         """One for each strategy that this many GPUs allow."""
         setting = setting or self.setting
         names = ["none"] if setting.num_gpus == 1 else ["none", "ddp", "fsdp"]
+        if setting.num_gpus > 1 and self.model.head:
+            names.append("fsdp-vocab")
         if setting.num_gpus > setting.gpus_per_node and setting.num_gpus % setting.gpus_per_node == 0:
             names.append("hsdp")
         return [self.row(name, recompute, setting) for name in names]
 
     def row(self, strategy: str, recompute: str, setting: Setting) -> Row:
-        item, ranks = _DTYPES[setting.weights].itemsize, {"fsdp": setting.num_gpus, "hsdp": setting.gpus_per_node}
-        over = ranks.get(strategy, 1)
+        item, ranks = _DTYPES[setting.weights].itemsize, {
+            "fsdp": setting.num_gpus, "fsdp-vocab": setting.num_gpus, "hsdp": setting.gpus_per_node}
+        over, kept = ranks.get(strategy, 1), self.model.head if strategy == "fsdp-vocab" else 0
         local = [(sharded_numel(shape, over), math.prod(shape)) for shape in self.model.shapes]
         held = sum(numel for numel, _ in local) * item
-        activations = self.trace(recompute, setting, first=over == 1 and setting.grad_accum_steps == 1).peak
+        activations = self.trace(recompute, setting, first=over == 1 and setting.grad_accum_steps == 1,
+                                 head_ranks=over if kept else 1).peak
         return Row(strategy, recompute, weights=held, gradients=held,
                    optimizer=sum(optimizer_bytes(numel, whole, setting) for numel, whole in local),
-                   gathered=self.gathered(activations, setting) if over > 1 else 0, activations=activations,
+                   gathered=self.gathered(activations, setting, kept) if over > 1 else 0, activations=activations,
                    sent=self.sent(strategy, setting))
 
-    def gathered(self, activations: int, setting: Setting) -> int:
-        """Of fsdp and hsdp, see Row."""
+    def gathered(self, activations: int, setting: Setting, kept: int = 0) -> int:
+        """Of fsdp and its kin, see Row. `kept`: elements that are never gathered."""
         item = _DTYPES[setting.weights].itemsize
-        block, outside = self.model.largest_block * item, self.model.outside_blocks * item
+        block, outside = self.model.largest_block * item, (self.model.outside_blocks - kept) * item
         if setting.grad_accum_steps == 1:
             return 4 * block + 2 * outside
         # Between two micro-batches all parameters lie whole; in the next forward they go as its activations come.
-        whole = self.model.num_parameters * item
+        whole = (self.model.num_parameters - kept) * item
         return whole + max(3 * block + outside, whole - activations)
 
-    def trace(self, recompute: str, setting: Setting, first: bool = False) -> StepMemory:
-        """The micro-batch on fake tensors, `first`: the one that makes the gradients."""
+    def trace(self, recompute: str, setting: Setting, first: bool = False, head_ranks: int = 1) -> StepMemory:
+        """The micro-batch on fake tensors, `first`: the one that makes the gradients. `head_ranks`: fsdp-vocab's."""
         autocast = _DTYPES[setting.precision] if setting.precision != setting.weights else None
-        key = recompute, setting.batch_size, setting.seq_len, setting.weights, autocast, setting.fused_loss, first
+        key = (recompute, setting.batch_size, setting.seq_len, setting.weights, autocast, setting.fused_loss, first,
+               head_ranks)
         if key not in self._traced:
             build = functools.partial(self.model.build, _DTYPES[setting.weights], setting.seq_len)
             self._traced[key] = trace_step(build, setting.batch_size, setting.seq_len, recompute=recompute,
                                            autocast=autocast, fused_loss=setting.fused_loss,
-                                           workspace=self.workspace(setting), first=first)
+                                           workspace=self.workspace(setting, head_ranks), first=first,
+                                           head_ranks=head_ranks)
         return self._traced[key]
 
-    def workspace(self, setting: Setting) -> int:
+    def workspace(self, setting: Setting, head_ranks: int = 1) -> int:
         """What the fused loss allocates inside itself, see ops/_linear_chunks.py: a chunk of logits and its product
         with the weight; for products of another type than the weights', copies of both factors and a chunk's part of
         the gradient; for 16-bit weights, a float32 sum of that. And oneDNN's slices, with the copy that it makes of
-        one, and the result of the one before."""
-        if not setting.fused_loss:
+        one, and the result of the one before. Over several ranks, all of their tokens and a part of the classes, and
+        what is received of the hidden states' gradient, with its sum."""
+        if not setting.fused_loss and head_ranks == 1:
             return 0
-        V, D, on_cpu = self.model.vocab_size, self.model.hidden_size, setting.device == "cpu"
+        V, D, on_cpu = -(-self.model.vocab_size // head_ranks), self.model.hidden_size, setting.device == "cpu"
+        tokens = setting.batch_size * setting.seq_len
         narrow = setting.precision == "bfloat16" if setting.precision != setting.weights or not on_cpu else False
         item = 2 if narrow else 4
-        rows = rows_per_chunk(setting.batch_size * setting.seq_len, V, item, setting.device)
+        rows = rows_per_chunk(tokens * head_ranks, V, item, setting.device)
         copied = (V + rows) * D * item if narrow != (setting.weights == "bfloat16") else 0
         wide = 4 * V * D if setting.weights != "float32" else 0
         products = [rows * D * item, V * D * item if narrow and setting.weights == "float32" else 0]
+        if head_ranks > 1:
+            products.append(rows * D * item + tokens * (head_ranks + 1) * D * _DTYPES[setting.weights].itemsize)
         if on_cpu and not narrow and rows * V * D >= MIN_MULTIPLICATIONS and fastest()[0] == "onednn":
             step = min(max(SLICE_BYTES // (4 * max(rows, D)), 128), V)
             products.append(4 * (2 * rows * step + 2 * step * D + rows * D))
         return rows * V * item + copied + wide + max(products)
 
     def sent(self, strategy: str, setting: Setting) -> int:
-        """ddp: 2 (n-1)/n G. fsdp: (n-1)/n ((k + 1) P_blocks + P_rest + G). hybrid: that with g, and 2 (m-1)/m G/g."""
+        """ddp: 2 (n-1)/n G. fsdp: (n-1)/n ((k + 1) P_blocks + P_rest + G). hybrid: that with g, and 2 (m-1)/m G/g.
+        fsdp-vocab: fsdp's without the head, and k times, for n N tokens, (n-1)/n of their hidden states, of as many
+        gradients and of int64 targets, and 2 (n-1)/n of two float64 each (and two more)."""
         item, n, g = _DTYPES[setting.weights].itemsize, setting.num_gpus, setting.gpus_per_node
         P, outside = self.model.num_parameters * item, self.model.outside_blocks * item
 
-        def sharded(ranks: int) -> float:
-            return (ranks - 1) / ranks * ((setting.grad_accum_steps + 1) * (P - outside) + outside + P)
+        def sharded(ranks: int, kept: int = 0) -> float:
+            return (ranks - 1) / ranks * ((setting.grad_accum_steps + 1) * (P - outside) + outside + P - 2 * kept)
 
         if strategy == "ddp":
             return round(2 * (n - 1) / n * P)
         if strategy == "fsdp":
             return round(sharded(n))
+        if strategy == "fsdp-vocab":
+            tokens = n * setting.batch_size * setting.seq_len
+            each = tokens * (2 * self.model.hidden_size * item + 8) + 2 * 8 * (2 * tokens + 2)
+            return round(sharded(n, self.model.head * item) + setting.grad_accum_steps * (n - 1) / n * each)
         nodes = n // g
         return round(sharded(g) + 2 * (nodes - 1) / nodes * P / g) if strategy == "hsdp" else 0
 
@@ -313,6 +331,8 @@ class PlanCommand:
     """Width inside the MLP (gpt, llama; 0: 8/3 of dim, rounded up to a multiple of 64)."""
     vocab: int = 50304
     """Token ids (gpt, llama)."""
+    tie_embeddings: bool = True
+    """One matrix for token embedding and output head (gpt); off: fsdp-vocab, which divides the head, is planned too."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the products: autocast where it differs from the weights."""
     weights: Literal["float32", "bfloat16"] = "float32"
@@ -334,7 +354,7 @@ class PlanCommand:
 
     def run(self) -> int:
         sizes = {"layers": self.layers, "dim": self.dim, "heads": self.heads, "kv_heads": self.kv_heads,
-                 "intermediate": self.intermediate, "vocab": self.vocab}
+                 "intermediate": self.intermediate, "vocab": self.vocab, "tie_embeddings": self.tie_embeddings}
         setting = Setting(self.gpus, parse_memory(self.memory), self.batch, self.seq_len, self.gpus_per_node,
                           self.precision, self.weights, self.optimizer_state_dtype, self.master, self.fused_loss,
                           self.headroom, self.grad_accum_steps)

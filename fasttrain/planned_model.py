@@ -32,6 +32,8 @@ class PlannedModel:
     """Elements of the largest of the repeated blocks; of the whole model where there are none."""
     outside_blocks: int
     """Elements of the parameters outside of the repeated blocks."""
+    head: int
+    """Of these, the output head's, which fsdp-vocab divides by classes; 0 where it is tied to another module."""
     vocab_size: int
     hidden_size: int
     recompute: tuple[str, ...]
@@ -48,7 +50,7 @@ def planned_model(model: str, sizes: Mapping[str, int], seq_len: int) -> Planned
     Args:
         model: "gpt" or "llama", of `sizes`; else a path: a config.json or a folder that holds one (Hugging Face's, or
             a GPTConfig's fields), or a checkpoint, or a run.
-        sizes: layers, dim, heads, kv_heads, intermediate, vocab.
+        sizes: layers, dim, heads, kv_heads, intermediate, vocab, and for gpt perhaps tie_embeddings (0 or 1).
 
     Raises:
         ValueError: nothing of that name, or a config that is not of a causal language model.
@@ -57,7 +59,7 @@ def planned_model(model: str, sizes: Mapping[str, int], seq_len: int) -> Planned
         name, build = f"gpt {sizes['layers']} x {sizes['dim']}", _gpt({
             "vocab_size": sizes["vocab"], "num_layers": sizes["layers"], "num_heads": sizes["heads"],
             "num_kv_heads": sizes["kv_heads"], "hidden_size": sizes["dim"],
-            "intermediate_size": sizes["intermediate"]})
+            "intermediate_size": sizes["intermediate"], "tie_embeddings": bool(sizes.get("tie_embeddings", True))})
     elif model == "llama":
         width = sizes["intermediate"] or -(-sizes["dim"] * 8 // (3 * 64)) * 64
         name, build = f"llama {sizes['layers']} x {sizes['dim']}", _hugging_face({
@@ -76,12 +78,16 @@ def describe(name: str, build: Callable[[torch.dtype, int], nn.Module], built: n
     blocks = repeated_blocks(built)
     in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
     parameters = list(built.parameters())
-    weight = built.get_output_embeddings().weight  # type: ignore[operator]
+    head = built.get_output_embeddings()  # type: ignore[operator]
+    own = {id(parameter) for parameter in head.parameters(recurse=False)}
+    tied = isinstance(head, nn.Embedding) or any(id(p) in own for module in built.modules() if module is not head
+                                                 for p in module.parameters(recurse=False))
     largest = max((sum(p.numel() for p in block.parameters()) for block in blocks),
                   default=sum(p.numel() for p in parameters))
     outside = sum(p.numel() for p in parameters if id(p) not in in_blocks)
-    vocab_size, hidden_size = weight.shape
-    return PlannedModel(name, build, [tuple(p.shape) for p in parameters], largest, outside, vocab_size, hidden_size,
+    vocab_size, hidden_size = head.weight.shape
+    return PlannedModel(name, build, [tuple(p.shape) for p in parameters], largest, outside,
+                        0 if tied else sum(p.numel() for p in head.parameters(recurse=False)), vocab_size, hidden_size,
                         ("none", "selective", "full") if blocks else ("none",))
 
 

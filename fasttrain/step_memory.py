@@ -80,7 +80,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *, recompute: str = "none",
                autocast: torch.dtype | None = None, fused_loss: bool = True, workspace: int = 0,
-               first: bool = False, fake: bool = True) -> StepMemory:
+               first: bool = False, fake: bool = True, head_ranks: int = 1) -> StepMemory:
     """Runs one micro-batch of `build()`, a causal language model, and counts.
 
     Args:
@@ -90,11 +90,16 @@ def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *,
         workspace: bytes that the fused loss allocates inside itself, beside all that is alive then.
         first: the gradients are this micro-batch's to make; False: they exist, and it adds to them.
         fake: on fake tensors; False runs it for real, on the CPU.
+        head_ranks: fsdp-vocab: so many ranks score the tokens of all of them, each against its part of the classes.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports that only this needs
 
     with FakeTensorMode() if fake else contextlib.nullcontext():
         model = build()
+        if head_ranks > 1:
+            head = model.get_output_embeddings()  # type: ignore[operator]
+            size, width = head.weight.shape
+            head.weight = nn.Parameter(head.weight.new_empty((-(-size // head_ranks), width)))
         if recompute != "none":
             _activation_checkpointing(model, recompute)
         for parameter in model.parameters():
@@ -105,7 +110,7 @@ def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *,
                  if tensor is not None}
         with Allocations(known | weights, weights, workspace) as counted:
             with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = _loss(model, ids, fused_loss)
+                loss = _loss(model, ids, fused_loss, head_ranks)
             held, casts = counted.live, counted.casts
             with _upstream_of_one():
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -126,14 +131,31 @@ def _upstream_of_one() -> Iterator[None]:
         module.read_scalar = read  # type: ignore[attr-defined]
 
 
-def _loss(model: nn.Module, ids: Tensor, fused: bool) -> Tensor:
-    """The sum of the next-token losses, as `losses.batch_loss` computes it; labels are the ids themselves."""
+def _loss(model: nn.Module, ids: Tensor, fused: bool, head_ranks: int = 1) -> Tensor:
+    """The sum of the next-token losses, as `losses.batch_loss` computes it (with `head_ranks`, as
+    `sharded_head.ShardedHead.loss` does); labels are the ids themselves."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     hidden = _hidden(model, ids).flatten(0, 1)  # (B * T, D)
+    if head_ranks > 1:
+        hidden = _Gathered.apply(F.pad(hidden, (0, 0, 0, 0)), head_ranks)  # type: ignore[no-untyped-call]
+        return linear_cross_entropy(hidden, head.weight, ids.flatten().repeat(head_ranks), reduction="sum")
     if fused:
         return linear_cross_entropy(hidden, head.weight, ids.flatten(), reduction="sum")
     logits = F.linear(hidden, head.weight)
     return F.cross_entropy(logits.float(), ids.flatten(), reduction="sum")
+
+
+class _Gathered(torch.autograd.Function):
+    """(N, D) -> (n N, D), with nothing sent."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, num_ranks: int) -> Tensor:
+        ctx.num_ranks = num_ranks
+        return mine.new_zeros((num_ranks * mine.size(0), mine.size(1)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].chunk(ctx.num_ranks)[0], None
 
 
 def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
