@@ -4,7 +4,8 @@ Parameters come from the real model built without memory, activations from runni
 (step_memory.py), optimizer states from AdamW's own layout, communication from the ring algorithms' formulas. What is
 not run is a model and is called one: the parameters that fully_shard holds gathered (most in the backward, and added to
 the activations' worst moment wherever that is), the loss's workspace, and the headroom for the driver, the
-communication library and fragmentation. fsdp-vocab is planned where the head is a matrix of its own. Left out:
+communication library and fragmentation. fsdp-vocab is planned where the head is a matrix of its own, and up to a
+quarter too large where its loss, not the backward, is the worst moment (tests/test_plan.py, 64 ranks). Left out:
 pipelines, tensor and context parallelism, and time.
 
 Legend: P bytes of the parameters, G of their gradients, k micro-batches of a step, n ranks, g ranks of a node, m nodes.

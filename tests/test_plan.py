@@ -267,7 +267,7 @@ def test_a_divided_head_sends_and_holds_what_is_planned(alike: int, micro_batche
     measured = peak_of_allocator(step)
     planned = row.gathered + row.activations + row.gradients
     # A bound: what is gathered is most in the backward, and this loss takes most before it.
-    assert -0.02 < planned / measured - 1 < 0.12, f"planned {planned / 2**20:.2f}, measured {measured / 2**20:.2f} MiB"
+    assert -0.02 < planned / measured - 1 < 0.25, f"planned {planned / 2**20:.2f}, measured {measured / 2**20:.2f} MiB"
 
 
 @pytest.mark.parametrize("fake_group", [8, 24, 256, 4096], indirect=True)
