@@ -3,9 +3,11 @@
 `torch.mm` calls MKL, whose best kernels run on Intel's processors only. On another maker's,
 
     onednn     in the same build of PyTorch, computes with AVX-512 where MKL does not: 2.1 times as fast on AMD's Zen 5.
-    fasttrain  csrc/products.cpp, for AMD's processors before, whose vectors are as wide as MKL's; on Zen 3 1.4, 1.2
-               and 1.0 times as fast in a linear head's products (logits, gradients of weight and hidden states). Its
-               sums do not depend on the number of threads. Measured by `pytest bench/bench_products.py`.
+    fasttrain  csrc/products.cpp, for AMD's processors before, whose vectors are as wide as MKL's; on Zen 3 1.5, 1.3
+               and 1.2 times as fast in a linear head's products (logits, gradients of weight and hidden states) and
+               0.9 to 1.1 in a layer's. Its sums do not depend on the number of threads. Zen 4 has not been measured.
+
+All by `pytest bench/bench_products.py`.
 
 `use_fast_products` gives the nn.Linear layers of a model a forward and backward by them. The decision depends on the
 processor and the shapes alone, never on a timing: a resumed run computes the same bits.
