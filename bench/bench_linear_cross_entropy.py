@@ -83,7 +83,7 @@ def test_linear_cross_entropy(benchmark: Any, allocator: str, size: tuple[int, i
         others,
         rounds=3,
         prepare=clear,
-        warm=True,  # the first huge pages after another contender's freed ones cost 150 to 250 ms in the kernel
+        warm=1,  # the first huge pages after another contender's freed ones cost 150 to 250 ms in the kernel
         growth=(f"{share_ignored:.0%} ignored, {policy}", "multiply-adds of a product, N x V x D", N * V * D),
     )
 

@@ -57,29 +57,33 @@ def compare(
     rounds: int = 9,
     prepare: Callable[[], Any] = lambda: None,
     growth: tuple[str, str, float] = ("", "", 0.0),
-    warm: bool = False,
+    warm: int = 0,
     rotate: bool = False,
 ) -> dict[str, Row]:
     """Times `ours` and the `others` in `rounds` interleaved rounds and records a row for each.
 
     `growth` is (curve, axis, amount): where the rows stand in a plot of time against size.
-    `prepare` runs before every measured call, outside its time; with `warm` the call itself does too: where a call
-    takes microseconds, the one before it decides what is in the caches. With `rotate` the others take turns in being
-    first: where one leaves something to the next (a disk at work), each suffers from each. Returns the rows by name.
+    `prepare` runs before every measured call, outside its time, and the call itself `warm` times: where a call takes
+    microseconds, those before it decide what is in the caches and whether the threads are awake. With `rotate` the
+    others take turns in being first: where one leaves something to the next (a disk at work), each suffers from each.
+    Returns the rows by name.
     """
-    times: dict[str, list[float]] = {key: [] for key in others}
+    times: dict[str, list[float]] = {key: [] for key in (*others, "fasttrain")}
     turns = itertools.count()
+
+    def timed(key: str, call: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        call()
+        times[key].append((time.perf_counter() - start) * 1e3)
 
     def run_the_others() -> None:
         first = next(turns) % len(others) if rotate else 0
         for key, call in (*list(others.items())[first:], *list(others.items())[:first]):
-            if warm:
+            for _ in range(warm):
                 call()
             prepare()
-            start = time.perf_counter()
-            call()
-            times[key].append((time.perf_counter() - start) * 1e3)
-        if warm:
+            timed(key, call)
+        for _ in range(warm):
             ours()
         prepare()
 
@@ -87,8 +91,7 @@ def compare(
         prepare()
         call()
     benchmark.group = f"{name} {size}"
-    benchmark.pedantic(ours, setup=run_the_others, rounds=rounds, iterations=1)
-    times["fasttrain"] = [seconds * 1e3 for seconds in benchmark.stats.stats.data]
+    benchmark.pedantic(timed, args=("fasttrain", ours), setup=run_the_others, rounds=rounds, iterations=1)
     ours_median = statistics.median(times["fasttrain"])
     rows = {}
     for key, values in times.items():

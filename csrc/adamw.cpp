@@ -32,6 +32,7 @@
 #include "adamw.h"
 #include "half_types.h"
 #include "isa.h"
+#include "words.h"
 
 // What runs once for each 64 elements: a call costs its constants anew.
 #define FASTTRAIN_INLINE inline __attribute__((always_inline))
@@ -80,20 +81,7 @@ struct Chunk {
 }  // namespace
 }  // namespace fasttrain
 
-// Per instruction set: lanes of 64 bits, the product of their low halves with a constant, and storing these halves of two.
 namespace fasttrain::scalar { namespace {
-typedef std::uint64_t Words __attribute__((vector_size(16)));
-#if defined(__SSE2__)
-inline Words low_product(Words a, std::uint32_t b) {
-  return reinterpret_cast<Words>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(b)));
-}
-#else
-inline Words low_product(Words a, std::uint32_t b) { return (a & 0xffffffffu) * b; }
-#endif
-inline void store_low(Words a, Words b, std::uint32_t* to) {
-  for (int l = 0; l < 2; ++l) to[l] = static_cast<std::uint32_t>(a[l]);
-  for (int l = 0; l < 2; ++l) to[2 + l] = static_cast<std::uint32_t>(b[l]);
-}
 #include "adamw_blocks.h"
 } }
 
@@ -101,14 +89,6 @@ inline void store_low(Words a, Words b, std::uint32_t* to) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace fasttrain::avx2 { namespace {
-typedef std::uint64_t Words __attribute__((vector_size(32)));
-inline Words low_product(Words a, std::uint32_t b) {
-  return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
-}
-inline void store_low(Words a, Words b, std::uint32_t* to) {
-  const __m256 pairs = _mm256_shuffle_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), 0x88);  // a0 a1 b0 b1 a2 a3 b2 b3
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_castps_si256(pairs), 0xd8));
-}
 #include "adamw_blocks.h"
 } }
 #pragma GCC pop_options
@@ -116,14 +96,6 @@ inline void store_low(Words a, Words b, std::uint32_t* to) {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace fasttrain::avx512 { namespace {
-typedef std::uint64_t Words __attribute__((vector_size(64)));
-inline Words low_product(Words a, std::uint32_t b) {
-  return reinterpret_cast<Words>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
-}
-inline void store_low(Words a, Words b, std::uint32_t* to) {
-  const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi32(reinterpret_cast<__m512i>(a), low, reinterpret_cast<__m512i>(b)));
-}
 #include "adamw_blocks.h"
 } }
 #pragma GCC pop_options

@@ -27,6 +27,8 @@
 #include "half_types.h"
 #include "isa.h"
 #include "sample.h"
+#include "thread_team.h"
+#include "words.h"
 
 namespace fasttrain {
 namespace {
@@ -35,6 +37,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr std::int64_t kGroup = 256;
+constexpr std::int64_t kMostThreads = 16;  // that do one row
+constexpr std::int64_t kSlack = 64;      // elements behind a list, for vectors are stored whole
 
 // Why a row has no distribution.
 enum class Fault { none, nan, infinity, nothing };
@@ -56,7 +60,7 @@ struct Scratch {
   std::vector<std::int32_t> live, segments;  // (G + 1,): groups that matter, and where each starts in the list
   std::vector<std::uint32_t> race_ids;      // (G + 16,)
   std::vector<double> race_weights, quotients;
-  List list, other, rest;                   // (V + 64,) logits and masses side by side
+  List list, other, rest;                   // (V + slack,) logits and masses side by side
   std::vector<std::pair<float, float>> sorted;
 
   void reserve(std::int64_t n, std::int64_t groups) {
@@ -69,12 +73,49 @@ struct Scratch {
     quotients.resize(std::max(groups, kGroup) + 16);
   }
   void reserve_lists(std::int64_t n) {
-    if (static_cast<std::int64_t>(list.x.size()) >= n + 64) return;
+    const std::size_t size = static_cast<std::size_t>(n + kMostThreads * kSlack);
+    if (list.x.size() >= size) return;
     for (List* each : {&list, &other, &rest}) {
-      each->x.resize(n + 64);
-      each->w.resize(n + 64);
+      each->x.resize(size);
+      each->w.resize(size);
     }
   }
+};
+
+// Threads that do together what one of them asks for, again and again within microseconds.
+class Crew {
+ public:
+  explicit Crew(std::int64_t size) : team(static_cast<int>(size)) {}
+  std::int64_t size() const { return team.size(); }
+
+  // Runs `leader` on this thread; the others wait for its calls of run(). It must not throw.
+  void led_by(const std::function<void()>& leader) {
+    if (size() == 1) return leader();
+    team.run([&](int i) {
+      if (i != 0) return follow(i);
+      leader();
+      task = nullptr;
+      team.barrier();
+    });
+  }
+  // Within `leader`: work(i) for every i < size(), all of them at once.
+  void run(const std::function<void(std::int64_t)>& work) {
+    task = &work;
+    team.barrier();
+    work(0);
+    team.barrier();
+  }
+
+ private:
+  void follow(int i) {
+    while (team.barrier(), task != nullptr) {
+      (*task)(i);
+      team.barrier();
+    }
+  }
+
+  ThreadTeam team;
+  const std::function<void(std::int64_t)>* task = nullptr;
 };
 
 inline float element(const float* p) { return *p; }
@@ -169,15 +210,16 @@ struct Problem {
 template <template <class, class> class Row, class V>
 std::int64_t draw_one(const float* logits, std::int64_t n, const RowParameters& parameters, std::uint64_t seed, std::uint64_t position) {
   static thread_local Scratch scratch;
-  Row<V, float> row(scratch);
+  Crew alone(1);
+  Row<V, float> row(scratch, alone);
   return row.prepare(logits, n, parameters) == Fault::none ? row.draw(seed, position).first : -1;
 }
 
-// Threads take rows one by one: filters make rows unequal work.
+// Threads, or crews of them, take rows one by one: filters make rows unequal work.
 template <template <class, class> class Row, class V, class T>
-void draw_rows(Problem& problem, std::atomic<std::int64_t>& next) {
+void draw_rows(Problem& problem, std::atomic<std::int64_t>& next, Crew& crew) {
   static thread_local Scratch scratch;
-  Row<V, T> row(scratch);
+  Row<V, T> row(scratch, crew);
   bool ready = false;
   for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < problem.B;) {
     if (!ready || !problem.one_row()) {
@@ -196,32 +238,44 @@ void draw_rows(Problem& problem, std::atomic<std::int64_t>& next) {
 }
 
 template <class T>
-void draw_rows(Isa isa, Problem& problem, std::atomic<std::int64_t>& next) {
+void draw_rows(Isa isa, Problem& problem, std::atomic<std::int64_t>& next, Crew& crew) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return draw_rows<avx512::Row, avx512::Vec, T>(problem, next);
-  if (isa == Isa::avx2) return draw_rows<avx2::Row, avx2::Vec, T>(problem, next);
+  if (isa == Isa::avx512) return draw_rows<avx512::Row, avx512::Vec, T>(problem, next, crew);
+  if (isa == Isa::avx2) return draw_rows<avx2::Row, avx2::Vec, T>(problem, next, crew);
 #endif
-  draw_rows<scalar::Row, scalar::Vec, T>(problem, next);
+  draw_rows<scalar::Row, scalar::Vec, T>(problem, next, crew);
 }
 
 void run(Problem& problem, ScalarType dtype) {
   const Isa isa = current_isa();
   std::atomic<std::int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
-  auto work = [&](std::int64_t, std::int64_t) {
-    try {  // an exception must not leave the parallel region
-      if (dtype == ScalarType::Float) draw_rows<float>(isa, problem, next);
-      else if (dtype == ScalarType::BFloat16) draw_rows<bfloat16>(isa, problem, next);
-      else draw_rows<float16>(isa, problem, next);
+  auto draw = [&](Crew& crew) {
+    try {  // an exception must not leave a parallel region
+      if (dtype == ScalarType::Float) draw_rows<float>(isa, problem, next, crew);
+      else if (dtype == ScalarType::BFloat16) draw_rows<bfloat16>(isa, problem, next, crew);
+      else draw_rows<float16>(isa, problem, next, crew);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
   };
-  // A thread is worth waking for some ten microseconds of work.
-  const std::int64_t useful = std::max<std::int64_t>(1, problem.B * problem.V / 65536);
-  const std::int64_t threads = std::min({static_cast<std::int64_t>(torch::stable::get_num_threads()), problem.B, useful});
-  if (threads > 1) torch::stable::parallel_for(0, threads, 1, work);
-  else work(0, 1);
+  // Rows to threads where there are rows enough, else all threads to each row; a thread is worth waking for some twenty
+  // microseconds of work.
+  const std::int64_t available = static_cast<std::int64_t>(torch::stable::get_num_threads());
+  const std::int64_t drawing = std::min({available, problem.B, problem.B * problem.V >> 16});
+  const std::int64_t per_row = std::min({available, problem.V >> 15, kMostThreads});
+  if (2 * problem.B <= available && per_row > 1) {
+    Crew crew(per_row);
+    crew.led_by([&] { draw(crew); });
+  } else if (drawing > 1) {
+    torch::stable::parallel_for(0, drawing, 1, [&](std::int64_t, std::int64_t) {
+      Crew alone(1);
+      draw(alone);
+    });
+  } else {
+    Crew alone(1);
+    draw(alone);
+  }
   STD_TORCH_CHECK(!out_of_memory, "sample: no memory for the scratch of one row of ", problem.V, " logits per thread");
   const std::int64_t bad = problem.bad_row.load();
   STD_TORCH_CHECK(bad == problem.B, "sample: row ", bad, " of the logits holds NaN, +inf or nothing but -inf; there is no "

@@ -49,7 +49,7 @@ inline void load_in_step(const T* p, std::int64_t n, V (&x)[kInStep]) {
   }
 }
 
-// The maximum of every group and of the row; NaN for a row that holds one.
+// The maximum of every group and of them all; NaN if one holds one.
 template <class V, class T>
 float group_maxima(const T* x, std::int64_t n, float* maxima) {
   Mask nan = greater(V::set(0), V::set(0));
@@ -79,60 +79,56 @@ float group_maxima(const T* x, std::int64_t n, float* maxima) {
   return count(nan) != 0 ? std::numeric_limits<float>::quiet_NaN() : row_max.max();
 }
 
-// Steps 3 and 4 for `count` ids, a multiple of 16: the quotients of the race, infinite where the weight is 0. Plain
-// loops on purpose: the compiler makes vectors of whatever width the instruction set has.
-inline void philox_round(std::uint32_t (&c)[4], std::uint32_t k0, std::uint32_t k1) {
-  const std::uint64_t p0 = std::uint64_t{c[0]} * 0xD2511F53u, p1 = std::uint64_t{c[2]} * 0xCD9E8D57u;
-  const std::uint32_t a = static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ k0, b = static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ k1;
-  c[1] = static_cast<std::uint32_t>(p1);
-  c[3] = static_cast<std::uint32_t>(p0);
-  c[0] = a;
-  c[2] = b;
+// Step 4.
+inline Doubles log2_of(Doubles v) {
+  constexpr double coefficients[] = {0.16972882833987804, 0.19235933878519512, 0.22195308321368668, 0.26230818925253880,
+                                     0.32059889797532520, 0.41219858311113240, 0.57707801635558540, 0.96179669392597560,
+                                     2.88539008177792680};
+  const Words bits = reinterpret_cast<Words>(v);
+  const Doubles m = reinterpret_cast<Doubles>((bits & 0x000fffffffffffffu) | 0x3fe0000000000000u);
+  const Doubles e = reinterpret_cast<Doubles>((bits >> 52) | 0x4330000000000000u) - (4503599627370496.0 + 1022.0);
+  const auto small = m < 0.7071067811865476;
+  const Doubles mantissa = small ? m * 2.0 : m;
+  const Doubles s = (mantissa - 1.0) / (mantissa + 1.0), z = s * s;
+  Doubles series = Doubles{} + 0.15186263588304878;
+  for (const double coefficient : coefficients) series = series * z + coefficient;
+  return (small ? e - 1.0 : e) + s * series;
 }
 
-inline double log2_of(double v) {
-  const std::uint64_t bits = std::bit_cast<std::uint64_t>(v);
-  double m = std::bit_cast<double>((bits & 0x000fffffffffffffu) | 0x3fe0000000000000u);
-  double e = std::bit_cast<double>((bits >> 52) | 0x4330000000000000u) - (4503599627370496.0 + 1022.0);
-  const bool small = m < 0.7071067811865476;
-  m = small ? m * 2.0 : m;
-  e = small ? e - 1.0 : e;
-  const double s = (m - 1.0) / (m + 1.0), z = s * s;
-  double series = 0.15186263588304878;
-  series = series * z + 0.16972882833987804;
-  series = series * z + 0.19235933878519512;
-  series = series * z + 0.22195308321368668;
-  series = series * z + 0.26230818925253880;
-  series = series * z + 0.32059889797532520;
-  series = series * z + 0.41219858311113240;
-  series = series * z + 0.57707801635558540;
-  series = series * z + 0.96179669392597560;
-  series = series * z + 2.88539008177792680;
-  return e + s * series;
-}
-
-inline void race_quotients(const std::uint32_t* __restrict ids, const double* __restrict weights, std::int64_t count,
-                           std::uint32_t domain, std::uint64_t seed, std::uint64_t position, double* __restrict quotients) {
-  const std::uint32_t seed0 = static_cast<std::uint32_t>(seed), seed1 = static_cast<std::uint32_t>(seed >> 32);
-  const std::uint32_t position0 = static_cast<std::uint32_t>(position), position1 = static_cast<std::uint32_t>(position >> 32);
-  for (std::int64_t begin = 0; begin < count; begin += 16) {
-    std::uint32_t high[16], low[16];
-    for (int lane = 0; lane < 16; ++lane) {
-      std::uint32_t c[4] = {ids[begin + lane], domain, position0, position1}, k0 = seed0, k1 = seed1;
-#pragma GCC unroll 10
-      for (int round = 0; round < 10; ++round) {
-        philox_round(c, k0, k1);
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-      }
-      high[lane] = c[0];
-      low[lane] = c[1];
+// Step 3 for `kCount` vectors of ids in the low halves of 64-bit lanes.
+template <int kCount>
+inline void philox_uniforms(Words (&ids)[kCount], std::uint32_t domain, std::uint64_t seed, std::uint64_t position, Doubles (&u)[kCount]) {
+  Words c1[kCount], c2[kCount], c3[kCount];
+  std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
+  for (int i = 0; i < kCount; ++i) c1[i] = Words{} + domain, c2[i] = Words{} + (position & 0xffffffffu), c3[i] = Words{} + (position >> 32);
+  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
+    for (int i = 0; i < kCount; ++i) {
+      const Words p0 = low_product(ids[i], 0xD2511F53u), p1 = low_product(c2[i], 0xCD9E8D57u);
+      ids[i] = (p1 >> 32) ^ c1[i] ^ key0;
+      c2[i] = (p0 >> 32) ^ c3[i] ^ key1;
+      c1[i] = p1;
+      c3[i] = p0;
     }
-    for (int lane = 0; lane < 16; ++lane) {
-      // (2 ((r0 << 20) | (r1 >> 12)) + 1) 2^-53 from two signed conversions; the sum is exact.
-      const double r0 = static_cast<double>(static_cast<std::int32_t>(high[lane] ^ 0x80000000u)) + 2147483648.0;
-      const double r1 = static_cast<double>(static_cast<std::int32_t>((low[lane] >> 12) * 2u + 1u));
-      quotients[begin + lane] = -log2_of(r0 * 0x1p-32 + r1 * 0x1p-53) / weights[begin + lane];
+  for (int i = 0; i < kCount; ++i) {  // 52 bits as the fraction of a number in [2^52, 2^53); every step is exact
+    const Words bits = (ids[i] & 0xffffffffu) << 20 | (c1[i] & 0xffffffffu) >> 12 | 0x4330000000000000u;
+    u[i] = (reinterpret_cast<Doubles>(bits) - 4503599627370496.0) * 0x1p-52 + 0x1p-53;
+  }
+}
+
+// Steps 3 to 5 for `count` ids, a multiple of 16: the quotients of the race, infinite where the weight is 0.
+inline void race_quotients(const std::uint32_t* ids, const double* weights, std::int64_t count, std::uint32_t domain,
+                           std::uint64_t seed, std::uint64_t position, double* quotients) {
+  constexpr int kLanes = sizeof(Words) / 8;
+  for (std::int64_t begin = 0; begin < count; begin += 2 * kLanes) {
+    Words words[2];
+    Doubles u[2], weight;
+    for (int i = 0; i < 2; ++i)
+      for (int lane = 0; lane < kLanes; ++lane) words[i][lane] = ids[begin + i * kLanes + lane];
+    philox_uniforms(words, domain, seed, position, u);
+    for (int i = 0; i < 2; ++i) {
+      std::memcpy(&weight, weights + begin + i * kLanes, sizeof weight);
+      const Doubles quotient = -log2_of(u[i]) / weight;
+      std::memcpy(quotients + begin + i * kLanes, &quotient, sizeof quotient);
     }
   }
 }
@@ -155,14 +151,15 @@ struct Cut {
 template <class V, class T>
 class Row {
  public:
-  explicit Row(Scratch& scratch) : s(scratch) {}
+  // What is done to every logit is divided among the crew. Sums of masses are exact, so nothing depends on how.
+  Row(Scratch& scratch, Crew& crew) : s(scratch), crew(crew) {}
 
   Fault prepare(const T* row, std::int64_t size, const RowParameters& parameters) {
     x = row;
     n = size;
     num_groups = (n + kGroup - 1) / kGroup;
     s.reserve(n, num_groups);
-    largest = group_maxima<V>(x, n, s.maxima.data());
+    find_maxima();
     if (!(largest < std::numeric_limits<float>::infinity() && largest > kMinusInfinity))
       return largest != largest ? Fault::nan : largest > 0 ? Fault::infinity : Fault::nothing;
     alone = parameters.top_k == 1 ? first_of_largest() : -1;
@@ -189,12 +186,13 @@ class Row {
     const std::int64_t count = weigh_members(group, ids, weights);
     race_quotients(ids, weights, padded(count), 0, seed, position, s.quotients.data());
     const std::int64_t winner = first_least(s.quotients.data(), count);
-    const double share = log2_of(weights[winner]) - log2_of(static_cast<double>(total));
-    return {ids[winner], static_cast<float>(share * 0.6931471805599453)};
+    const Doubles logs = log2_of(Doubles{weights[winner], static_cast<double>(total)});
+    return {ids[winner], static_cast<float>((logs[0] - logs[1]) * 0.6931471805599453)};
   }
 
  private:
   Scratch& s;
+  Crew& crew;
   const T* x = nullptr;
   std::int64_t n = 0, num_groups = 0, num_racing = 0;
   float largest = 0, scale = 0, min_mass = 0;
@@ -208,6 +206,27 @@ class Row {
 
   static std::int64_t padded(std::int64_t count) { return (count + 15) / 16 * 16; }
   std::int64_t group_end(std::int64_t group) const { return std::min(n, (group + 1) * kGroup); }
+
+  // In how many parts `groups` groups are best done: a thread is worth waking for 2^14 logits.
+  std::int64_t parts_of(std::int64_t groups) const { return std::clamp<std::int64_t>(groups / 64, 1, crew.size()); }
+  template <class Work>  // work(part, first group, last group + 1)
+  void in_parts(std::int64_t parts, std::int64_t groups, const Work& work) {
+    if (parts == 1) return work(0, std::int64_t{0}, groups);
+    crew.run([&](std::int64_t part) {
+      if (part < parts) work(part, part * groups / parts, (part + 1) * groups / parts);
+    });
+  }
+
+  void find_maxima() {
+    float tops[kMostThreads];
+    const std::int64_t parts = parts_of(num_groups);
+    in_parts(parts, num_groups, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
+      tops[part] = group_maxima<V>(x + begin * kGroup, std::min(n, end * kGroup) - begin * kGroup, s.maxima.data() + begin);
+    });
+    largest = tops[0];
+    for (std::int64_t part = 1; part < parts; ++part)
+      if (!(tops[part] <= largest) && largest == largest) largest = tops[part];  // NaN stays
+  }
 
   // The groups with a logit of at least `bound`; without a branch, for which of them these are cannot be foretold.
   void find_live(float bound) {
@@ -262,23 +281,43 @@ class Row {
     total = sum_of(s.list.w.data(), num_listed);
   }
 
-  // The same with masses, and in the same pass the mass of all tokens, listed or not.
+  // The same with masses, and in the same pass the mass of all tokens, listed or not. Each part gathers into a stretch of
+  // its own, which is then moved to where the one before it ends.
   void gather_and_weigh_all(float bound) {
     s.reserve_lists(n);
     list_bound = bound;
+    find_live(lowest_logit_of_mass(1));
+    std::int64_t from[kMostThreads], counts[kMostThreads], totals[kMostThreads];
+    const std::int64_t parts = parts_of(num_live);
+    in_parts(parts, num_live, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
+      from[part] = begin * kGroup + part * kSlack;
+      std::tie(counts[part], totals[part]) = gather_and_weigh(begin, end, from[part], bound);
+    });
+    num_listed = total = 0;
+    for (std::int64_t part = 0; part < parts; ++part) {
+      for (std::vector<float>* each : {&s.list.x, &s.list.w})
+        std::memmove(each->data() + num_listed, each->data() + from[part], counts[part] * sizeof(float));
+      for (std::int64_t place = part * num_live / parts; place < (part + 1) * num_live / parts; ++place)
+        s.segments[place] += static_cast<std::int32_t>(num_listed - from[part]);
+      num_listed += counts[part];
+      total += totals[part];
+    }
+    s.segments[num_live] = static_cast<std::int32_t>(num_listed);
+    listed = true;
+  }
+
+  // Lists from `first` on what the live groups [begin, end) hold: how many tokens, and the mass of all, listed or not.
+  std::pair<std::int64_t, std::int64_t> gather_and_weigh(std::int64_t begin, std::int64_t end, std::int64_t first, float bound) {
     const V vbound = V::set(bound);
     const MassOf<V> mass(largest, scale);
     float *xs = s.list.x.data(), *ws = s.list.w.data();
-    std::int64_t at = 0;
-    total = 0;
-    find_live(lowest_logit_of_mass(1));
-    for (std::int64_t place = 0; place < num_live; ++place) {
-      const std::int64_t group = s.live[place];
+    std::int64_t at = first, weight = 0;
+    for (std::int64_t place = begin; place < end; ++place) {
       s.segments[place] = static_cast<std::int32_t>(at);
       WideSum sum = WideSum::zero();
-      for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
+      for (std::int64_t i = s.live[place] * kGroup, last = group_end(s.live[place]); i < last; i += kInStep * V::width) {
         V a[kInStep], w[kInStep];
-        load_in_step(x + i, end - i, a);
+        load_in_step(x + i, last - i, a);
         for (int j = 0; j < kInStep; ++j) w[j] = a[j];
         mass.replace(w);
         for (int j = 0; j < kInStep; ++j) {
@@ -288,11 +327,9 @@ class Row {
           at += compress(stays, a[j], xs + at);
         }
       }
-      total += static_cast<std::int64_t>(sum.total());
+      weight += static_cast<std::int64_t>(sum.total());
     }
-    s.segments[num_live] = static_cast<std::int32_t>(at);
-    listed = true;
-    num_listed = at;
+    return {at - first, weight};
   }
 
   static std::int64_t sum_of(const float* ws, std::int64_t count) {
@@ -380,20 +417,52 @@ class Row {
 
   void keep_share(double p) {
     if (!listed) {
+      const double least = mass_of_maxima();
       // Tokens whose mass is less than an n-th of the share to be dropped, less one, are surely dropped: all of them weigh
-      // less than (1 - p) total - n, so the others reach `need`, which is p total rounded up. The sum of the groups'
-      // maxima stands in for the total, which is larger.
-      const MassOf<V> mass(largest, scale);
-      double least = 0;
-      for (std::int64_t group = 0; group < num_groups; group += V::width) {
-        WideSum sum = WideSum::zero();
-        sum.add(mass(load_n<V>(s.maxima.data() + group, num_groups - group)));
-        least += sum.total();
-      }
-      gather_and_weigh_all(lowest_logit_of_mass((1 - p) * least / static_cast<double>(n) - 1));
+      // less than (1 - p) total - n, so the others reach `need`. The sum of the groups' maxima stands in for the total,
+      // which is larger.
+      const float sure = lowest_logit_of_mass((1 - p) * least / static_cast<double>(n) - 1);
+      gather_and_weigh_all(num_groups < kSampledGroups ? sure : std::max(sure, likely_bound(p, least, sure)));
+      if (list_bound > sure && sum_of(s.list.w.data(), num_listed) < share_of(total, p)) gather_and_weigh_all(sure);
     }
-    const std::int64_t need = std::min(total, std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(static_cast<double>(total) * p))));
-    cut = find_cut<true>(need);
+    cut = find_cut<true>(share_of(total, p));
+  }
+
+  static std::int64_t share_of(std::int64_t total, double p) {
+    return std::min(total, std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(static_cast<double>(total) * p))));
+  }
+
+  double mass_of_maxima() const {
+    const MassOf<V> mass(largest, scale);
+    double sum = 0;
+    for (std::int64_t group = 0; group < num_groups; group += V::width) {
+      WideSum part = WideSum::zero();
+      part.add(mass(load_n<V>(s.maxima.data() + group, num_groups - group)));
+      sum += part.total();
+    }
+    return sum;
+  }
+
+  // What is below it probably weighs less than the share to be dropped, and not much less: a vector of some 200 groups is
+  // looked at. A few tokens make most of the mass, and are hardly met in a sample; but they are maxima of their groups, which
+  // weigh `least`. It is `low` where few are larger than that.
+  float likely_bound(double p, double least, float low) {
+    s.reserve_lists(n);
+    const MassOf<V> mass(largest, scale);
+    float *sample_x = s.rest.x.data(), *sample_w = s.rest.w.data();
+    std::int64_t sampled = 0, larger = 0;
+    V others = V::set(0);
+    for (std::int64_t i = 0; i + V::width <= n; i += std::max<std::int64_t>(1, num_groups / 200) * kGroup, sampled += V::width) {
+      const V a = V::load(x + i), w = mass(a) * V::set(0x1p-40f);
+      larger += count(greater(a, V::set(low)));
+      a.store(sample_x + sampled);
+      w.store(sample_w + sampled);
+      others = others + keep(greater(V::set(s.maxima[i / kGroup]), a), w);
+    }
+    if (16 * larger < sampled) return low;
+    const double each = static_cast<double>(n) / static_cast<double>(sampled);
+    const double dropped = 0.7 * (1 - p) * (least * 0x1p-40 + others.sum() * each);
+    return sample_quantile<false>(static_cast<float>(dropped / each), sampled, low);
   }
 
   // The cut that leaves `need` tokens, or tokens up to the one that brings their mass to `need`. The list is not changed.
@@ -415,6 +484,7 @@ class Row {
     }
     for (int step = 0; size > kFew; ++step) {
       float middle = static_cast<float>(0.5 * (double{low} + double{high}));
+      if (by_mass && step == 0) middle = std::min(middle, low + 2 / scale);  // the list ends close below the cut
       if (step > 40) middle = middle_of_bits(low, high);  // logits that cluster around one value
       if (!(middle > low && middle < high)) break;
       List* rest = from == nullptr ? &s.rest : from;  // in place: it shrinks towards its start
@@ -438,7 +508,7 @@ class Row {
     return by_mass ? cut_of_sorted<true>(xs, ws, size, need - above) : cut_of_sorted<false>(xs, ws, size, need - above);
   }
 
-  static constexpr std::int64_t kFew = 64, kMany = 1 << 14, kSample = 1 << 11;
+  static constexpr std::int64_t kFew = 64, kMany = 1 << 14, kSample = 1 << 11, kSampledGroups = 64;
 
   // A narrow interval (low, high] around the cut, guessed from a sample of the list and verified by one pass over it, which
   // leaves the tokens inside in s.other. Not found where the sample's mass is that of a few tokens.
@@ -465,7 +535,9 @@ class Row {
     if (weight * weight < 400 * square) return {};
     const float share = static_cast<float>(static_cast<double>(need) / static_cast<double>(by_mass ? total : num_listed));
     const float slack = 3 * std::sqrt(square) / weight;
-    const float low = sample_quantile((share + slack) * weight, sampled), high = sample_quantile((share - slack) * weight, sampled);
+    const float lowest = std::nextafter(list_bound, kMinusInfinity);
+    const float low = sample_quantile<true>((share + slack) * weight, sampled, lowest);
+    const float high = sample_quantile<true>((share - slack) * weight, sampled, lowest);
     const V vlow = V::set(low), vhigh = V::set(high);
     float *to_x = s.other.x.data(), *to_w = s.other.w.data();
     std::int64_t size = 0, above = 0, inside = 0;
@@ -494,16 +566,19 @@ class Row {
     return {above < need && above + inside >= need, low, high, above, size};
   }
 
-  // About the logit above which the sample weighs `weight`.
-  float sample_quantile(float weight, std::int64_t sampled) const {
-    float low = std::nextafter(list_bound, kMinusInfinity), high = largest;
+  // About the logit above which, or up to which, the sample in s.rest weighs `weight`, but not below `low`.
+  template <bool above>
+  float sample_quantile(float weight, std::int64_t sampled, float low) const {
+    float high = largest;
     for (int step = 0; step < 12; ++step) {
       const float middle = static_cast<float>(0.5 * (double{low} + double{high}));
       const V at = V::set(middle);
       V sum = V::set(0);
-      for (std::int64_t i = 0; i < sampled; i += V::width)
-        sum = sum + keep(greater(V::load(s.rest.x.data() + i), at), V::load(s.rest.w.data() + i));
-      (sum.sum() >= weight ? low : high) = middle;
+      for (std::int64_t i = 0; i < sampled; i += V::width) {
+        const Mask larger = greater(V::load(s.rest.x.data() + i), at);
+        sum = sum + keep(above ? larger : opposite(larger), V::load(s.rest.w.data() + i));
+      }
+      (above == (sum.sum() >= weight) ? low : high) = middle;
     }
     return low;
   }
@@ -614,45 +689,55 @@ class Row {
 
   // The groups that race: ids and masses of those with survivors, and the survivors' total.
   void weigh_groups() {
+    if (!listed) find_live(std::max(cut.x, lowest_logit_of_mass(min_mass)));
+    in_parts(listed && num_listed < kMany / 4 ? 1 : parts_of(num_live), num_live, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t place = begin; place < end; ++place)
+        s.race_weights[place] = s.live[place] == tie_group ? weigh_tie_group() : listed ? weigh_listed(place) : weigh_group(s.live[place]);
+    });
     num_racing = 0;
     total = 0;
-    const float bound = std::max(cut.x, lowest_logit_of_mass(min_mass));
-    const MassOf<V> mass(largest, scale);
-    const V vmin = V::set(std::max(min_mass, 1.0f)), vcut = V::set(cut.x);
-    if (!listed) find_live(bound);
     for (std::int64_t place = 0; place < num_live; ++place) {
-      const std::int64_t group = s.live[place];
-      double weight;
-      if (group == tie_group) {
-        alignas(64) std::uint32_t ids[kGroup];
-        alignas(64) double weights[kGroup];
-        weight = 0;
-        for (std::int64_t i = weigh_members(group, ids, weights); i-- > 0;) weight += weights[i];
-      } else {
-        WideSum sum = WideSum::zero();
-        if (listed) {
-          const float *xs = s.list.x.data(), *ws = s.list.w.data();
-          for (std::int64_t i = s.segments[place], end = s.segments[place + 1]; i < end; i += V::width) {
-            const V a = load_n<V>(xs + i, end - i), w = load_n<V>(ws + i, end - i);
-            const Mask beyond = group < tie_group ? at_least(a, vcut) : greater(a, vcut);
-            sum.add(keep(both(beyond, at_least(w, vmin)), w));
-          }
-        } else {
-          for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
-            V w[kInStep];
-            load_in_step(x + i, end - i, w);
-            mass.replace(w);
-            for (int j = 0; j < kInStep; ++j) sum.add(keep(at_least(w[j], vmin), w[j]));
-          }
-        }
-        weight = sum.total();
-      }
-      s.race_ids[num_racing] = static_cast<std::uint32_t>(group);
+      const double weight = s.race_weights[place];
+      s.race_ids[num_racing] = static_cast<std::uint32_t>(s.live[place]);
       s.race_weights[num_racing] = weight;
       num_racing += weight > 0;
       total += static_cast<std::int64_t>(weight);
     }
     pad(s.race_ids.data(), s.race_weights.data(), num_racing);
+  }
+
+  double weigh_group(std::int64_t group) const {
+    const MassOf<V> mass(largest, scale);
+    const V vmin = V::set(std::max(min_mass, 1.0f));
+    WideSum sum = WideSum::zero();
+    for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
+      V w[kInStep];
+      load_in_step(x + i, end - i, w);
+      mass.replace(w);
+      for (int j = 0; j < kInStep; ++j) sum.add(keep(at_least(w[j], vmin), w[j]));
+    }
+    return sum.total();
+  }
+
+  double weigh_listed(std::int64_t place) const {
+    const float *xs = s.list.x.data(), *ws = s.list.w.data();
+    const V vmin = V::set(std::max(min_mass, 1.0f)), vcut = V::set(cut.x);
+    const bool ties_stay = s.live[place] < tie_group;
+    WideSum sum = WideSum::zero();
+    for (std::int64_t i = s.segments[place], end = s.segments[place + 1]; i < end; i += V::width) {
+      const V a = load_n<V>(xs + i, end - i), w = load_n<V>(ws + i, end - i);
+      const Mask beyond = ties_stay ? at_least(a, vcut) : greater(a, vcut);
+      sum.add(keep(both(beyond, at_least(w, vmin)), w));
+    }
+    return sum.total();
+  }
+
+  double weigh_tie_group() const {
+    alignas(64) std::uint32_t ids[kGroup];
+    alignas(64) double weights[kGroup];
+    double weight = 0;
+    for (std::int64_t i = weigh_members(tie_group, ids, weights); i-- > 0;) weight += weights[i];
+    return weight;
   }
 
   // The survivors of one group, padded for the race.

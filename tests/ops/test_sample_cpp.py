@@ -112,6 +112,54 @@ def test_the_number_of_threads_changes_nothing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
 
 
+LONG = 4 * 2**15 + 77  # logits that are worth several threads
+
+
+def long_row(name: str) -> Tensor:
+    """(1, LONG). In `sample is light` and `sample is heavy` the first eight tokens of each group, from which the cut is
+    guessed, are unlike the others."""
+    row = torch.randn(1, LONG, generator=torch.Generator().manual_seed(2)) * {"peaked": 6.0, "flat": 0.3}.get(name, 3.0)
+    first = torch.arange(LONG) % 256 < 8
+    if name == "sample is light":
+        row[:, first] -= 9
+    elif name == "sample is heavy":
+        row[:, first] += 9
+    elif name == "few values":
+        row.round_()
+    elif name == "one part":
+        row[:, : LONG // 2] = -math.inf
+    return row
+
+
+LONG_ROWS = ["normal", "peaked", "flat", "sample is light", "sample is heavy", "few values", "one part"]
+LONG_FILTERS: list[dict[str, Any]] = [
+    {}, {"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 900, "top_p": 0.9}, {"min_p": 0.01}, {"temperature": 0.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG_ROWS)
+def test_several_threads_at_one_row_draw_the_reference_s_token(name: str, isa: str) -> None:
+    row = long_row(name)
+    for options in LONG_FILTERS:
+        wanted = ops.sample(row, seed=3, impl="reference", return_logprobs=True, **options)
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            got = ops.sample(row, seed=3, impl="cpp", return_logprobs=True, **options)
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted)), (options, threads)
+
+
+def test_several_threads_at_one_row_find_what_is_not_finite() -> None:
+    torch.set_num_threads(4)
+    for place in (0, LONG // 4, LONG // 2 + 1, LONG - 1):
+        for bad, name in ((math.nan, "NaN"), (math.inf, r"\+inf")):
+            row = long_row("normal")
+            row[0, place] = bad
+            with pytest.raises(ValueError, match=f"row 0 holds {name}"):
+                ops.sample(row, impl="cpp")
+    with pytest.raises(ValueError, match="nothing but -inf"):
+        ops.sample(torch.full((1, LONG), -math.inf), impl="cpp")
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced columns", "every other row", "expanded", "offset"])
 def test_any_strides_and_the_logits_are_only_read(layout: str) -> None:
     base = torch.randn(12, 301, generator=torch.Generator().manual_seed(0)) * 3
