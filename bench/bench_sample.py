@@ -85,7 +85,8 @@ def test_sample(benchmark: Any, size: tuple[int, int], name: str, rows: str) -> 
     ours = timed(lambda: ops.sample(logits, seed=1, **options))
     title = f"{label(size)}, {DEVICE}" + ("" if rows == "normal" else f", {rows}")
     growth = (f"B={B}, {rows}, {DEVICE}", "tokens, V", V)
-    compare(benchmark, f"sample, {name}", title, ours, others, rounds=15, growth=growth, warm=5)
+    rounds = 60 if B == 1 else 15
+    compare(benchmark, f"sample, {name}", title, ours, others, rounds=rounds, growth=growth, warm=5)
 
 
 def check(logits: Tensor, options: dict[str, Any]) -> None:

@@ -172,7 +172,8 @@ def markdown(rows: list[Row]) -> str:
         ]
         for row in (row for row in rows if row.benchmark == name):
             label = f"**{row.contender}**" if row.contender == "fasttrain" else row.contender
-            times = f"{row.p20_ms:.2f} / {row.p50_ms:.2f} / {row.p80_ms:.2f}"
+            digits = 2 if row.p50_ms >= 1 else 3
+            times = " / ".join(f"{ms:.{digits}f}" for ms in (row.p20_ms, row.p50_ms, row.p80_ms))
             lines.append(f"| {row.size} | {label} | {times} | {row.times_ours:.2f} | {row.peak_mib:.0f} |")
     return "\n".join(lines)
 

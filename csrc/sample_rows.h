@@ -265,9 +265,12 @@ class Row {
     for (std::int64_t place = 0; place < num_live; ++place) {
       const std::int64_t group = s.live[place];
       s.segments[place] = static_cast<std::int32_t>(at);
-      for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += V::width) {
-        const V a = load_n<V>(x + i, end - i);
-        at += compress(at_least(a, vbound), a, xs + at);
+      for (std::int64_t i = group * kGroup, end = group_end(group); i < end; i += kInStep * V::width) {
+        V a[kInStep];
+        load_in_step(x + i, end - i, a);
+        const V most = V::max(V::max(a[0], a[1]), V::max(a[2], a[3]));
+        if (count(at_least(most, vbound)) == 0) continue;  // most often: few tokens of a live group are listed
+        for (int j = 0; j < kInStep; ++j) at += compress(at_least(a[j], vbound), a[j], xs + at);
       }
     }
     s.segments[num_live] = static_cast<std::int32_t>(at);
