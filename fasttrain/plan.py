@@ -2,11 +2,9 @@
 
 Parameters come from the real model built without memory, activations from running its micro-batch on fake tensors
 (step_memory.py), optimizer states from AdamW's own layout, communication from the ring algorithms' formulas. What is
-not run is a model and is called one: the parameters that fully_shard holds gathered (most in the backward, and added to
-the activations' worst moment wherever that is), the loss's workspace, and the headroom for the driver, the
-communication library and fragmentation. fsdp-vocab is planned where the head is a matrix of its own, and up to a
-quarter too large where its loss, not the backward, is the worst moment (tests/test_plan.py, 64 ranks). Left out:
-pipelines, tensor and context parallelism, and time.
+not run is a model and is called one: the parameters that fully_shard holds gathered (sharded_memory.py), the loss's
+workspace, and the headroom for the driver, the communication library and fragmentation. fsdp-vocab is planned where the
+head is a matrix of its own. Left out: pipelines, tensor and context parallelism, and time.
 
 Legend: P bytes of the parameters, G of their gradients, k micro-batches of a step, n ranks, g ranks of a node, m nodes.
 """
@@ -26,9 +24,10 @@ import torch
 
 from .ops._adamw_moments import new_moments
 from .ops._linear_chunks import rows_per_chunk
-from .planned_model import PlannedModel, planned_model
+from .planned_model import PlannedModel, numel, planned_model
 from .products import MIN_MULTIPLICATIONS, SLICE_BYTES, fastest
-from .step_memory import StepMemory, trace_step
+from .sharded_memory import Held, Moment, Unit, worst_moment
+from .step_memory import StepMemory, trace_moments, trace_step
 from .utils import format_bytes, format_count
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,13 +77,11 @@ class Row:
     gradients: int
     optimizer: int
     gathered: int
-    """What fully_shard holds whole at one time: parameters outside of the blocks (fsdp-vocab: without the head), two
-    blocks, one block's buffer, and the gradients of a block and of what is outside. With several micro-batches, the
-    gradients of the whole model, until the last one sums them, and where that is more than the activations leave free,
-    all parameters."""
+    """What fully_shard holds beside a rank's rows at the worst moment of a step: whole parameters and their buffers,
+    and whole gradients: until they are summed, which with several micro-batches is in the last one's backward."""
     activations: int
-    """What the worst moment of forward and backward takes beside all others: activations, logits, casts, temporaries,
-    the loss's workspace. The gradients of a step's only micro-batch come when activations go."""
+    """What the same moment takes beside all others: activations, logits, casts, temporaries, the loss's workspace. A
+    step's gradients come when activations go: those that a rank has in the end are not counted here once more."""
     sent: int
     """Bytes that a rank sends in a step, by ring algorithms."""
 
@@ -107,12 +104,18 @@ def optimizer_bytes(numel: int, whole: int, setting: Setting) -> int:
     return sum(moment.nbytes for moment in moments) + (2 * numel if setting.master else 0)
 
 
+def _traced_by(recompute: str, setting: Setting) -> tuple[Any, ...]:
+    """What a trace depends on."""
+    return (recompute, setting.batch_size, setting.seq_len, setting.weights, setting.precision, setting.fused_loss)
+
+
 class Plan:
     """A model and a setting, and what follows from them; traces are made once and kept."""
 
     def __init__(self, model: PlannedModel, setting: Setting) -> None:
         self.model, self.setting = model, setting
         self._traced: dict[tuple[Any, ...], StepMemory] = {}
+        self._moments: dict[tuple[Any, ...], list[Moment]] = {}
 
     def rows(self, recompute: str = "none", setting: Setting | None = None) -> list[Row]:
         """One for each strategy that this many GPUs allow."""
@@ -125,47 +128,50 @@ class Plan:
         return [self.row(name, recompute, setting) for name in names]
 
     def row(self, strategy: str, recompute: str, setting: Setting) -> Row:
-        item, ranks = _DTYPES[setting.weights].itemsize, {
-            "fsdp": setting.num_gpus, "fsdp-vocab": setting.num_gpus, "hsdp": setting.gpus_per_node}
-        over, kept = ranks.get(strategy, 1), self.model.head if strategy == "fsdp-vocab" else 0
+        ranks = {"fsdp": setting.num_gpus, "fsdp-vocab": setting.num_gpus, "hsdp": setting.gpus_per_node}
+        over = ranks.get(strategy, 1)
         local = [(sharded_numel(shape, over), math.prod(shape)) for shape in self.model.shapes]
-        held = sum(numel for numel, _ in local) * item
-        activations = self.trace(recompute, setting, first=over == 1 and setting.grad_accum_steps == 1,
-                                 head_ranks=over if kept else 1).peak
+        held = sum(numel for numel, _ in local) * _DTYPES[setting.weights].itemsize
+        worst = (self.sharded(recompute, setting, over, strategy == "fsdp-vocab") if over > 1 else
+                 Held(0, self.trace(recompute, setting, first=setting.grad_accum_steps == 1).peak))
         return Row(strategy, recompute, weights=held, gradients=held,
                    optimizer=sum(optimizer_bytes(numel, whole, setting) for numel, whole in local),
-                   gathered=self.gathered(activations, setting, kept) if over > 1 else 0, activations=activations,
-                   sent=self.sent(strategy, setting))
+                   gathered=worst.gathered, activations=worst.others, sent=self.sent(strategy, setting))
 
-    def gathered(self, activations: int, setting: Setting, kept: int = 0) -> int:
-        """Of fsdp and its kin, see Row. `kept`: elements that are never gathered."""
-        item = _DTYPES[setting.weights].itemsize
-        block, outside = self.model.largest_block * item, (self.model.outside_blocks - kept) * item
-        if setting.grad_accum_steps == 1:
-            return 4 * block + 2 * outside
-        # Between two micro-batches all parameters lie whole; in the next forward they go as its activations come.
-        whole = (self.model.num_parameters - kept) * item
-        return whole + max(3 * block + outside, whole - activations)
+    def sharded(self, recompute: str, setting: Setting, num_ranks: int, divided_head: bool) -> Held:
+        """The worst moment of fsdp and its kin."""
+        item, head_ranks = _DTYPES[setting.weights].itemsize, num_ranks if divided_head else 1
+        # Of three micro-batches or more, those between the first and the last are alike.
+        key = (*_traced_by(recompute, setting), min(setting.grad_accum_steps, 3), head_ranks)
+        if key not in self._moments:
+            self._moments[key] = trace_moments(**self._trace_arguments(recompute, setting, head_ranks),
+                                               micro_batches=min(setting.grad_accum_steps, 3), head_ranks=head_ranks)
+        outside = self.model.outside if divided_head else [*self.model.outside, *self.model.head]
+        units = [Unit(item * sum(sharded_numel(shape, num_ranks) for shape in shapes),
+                      item * math.prod(shapes[-1]) if shapes else 0) for shapes in (*self.model.blocks, outside)]
+        return worst_moment(self._moments[key], units, num_ranks, setting.device == "cpu")
 
-    def trace(self, recompute: str, setting: Setting, first: bool = False, head_ranks: int = 1) -> StepMemory:
-        """The micro-batch on fake tensors, `first`: the one that makes the gradients. `head_ranks`: fsdp-vocab's."""
-        autocast = _DTYPES[setting.precision] if setting.precision != setting.weights else None
-        key = (recompute, setting.batch_size, setting.seq_len, setting.weights, autocast, setting.fused_loss, first,
-               head_ranks)
+    def trace(self, recompute: str, setting: Setting, first: bool = False) -> StepMemory:
+        """A micro-batch on fake tensors, all of the model on one rank; `first`: the one that makes the gradients."""
+        key = (*_traced_by(recompute, setting), first)
         if key not in self._traced:
-            build = functools.partial(self.model.build, _DTYPES[setting.weights], setting.seq_len)
-            self._traced[key] = trace_step(build, setting.batch_size, setting.seq_len, recompute=recompute,
-                                           autocast=autocast, fused_loss=setting.fused_loss,
-                                           workspace=self.workspace(setting, head_ranks), first=first,
-                                           head_ranks=head_ranks)
+            self._traced[key] = trace_step(**self._trace_arguments(recompute, setting), first=first)
         return self._traced[key]
+
+    def _trace_arguments(self, recompute: str, setting: Setting, head_ranks: int = 1) -> dict[str, Any]:
+        weights = _DTYPES[setting.weights]
+        return {"build": functools.partial(self.model.build, weights, setting.seq_len),
+                "batch_size": setting.batch_size, "seq_len": setting.seq_len, "recompute": recompute,
+                "autocast": _DTYPES[setting.precision] if setting.precision != setting.weights else None,
+                "fused_loss": setting.fused_loss, "workspace": self.workspace(setting, head_ranks)}
 
     def workspace(self, setting: Setting, head_ranks: int = 1) -> int:
         """What the fused loss allocates inside itself, see ops/_linear_chunks.py: a chunk of logits and its product
         with the weight; for products of another type than the weights', copies of both factors and a chunk's part of
         the gradient; for 16-bit weights, a float32 sum of that. And oneDNN's slices, with the copy that it makes of
-        one, and the result of the one before. Over several ranks, all of their tokens and a part of the classes, and
-        what is received of the hidden states' gradient, with its sum."""
+        one, and the result of the one before. Over several ranks, all of their tokens and a part of the classes, five
+        numbers for each row of a chunk and one for each token, and after the last chunk what is received of the hidden
+        states' gradient, with its sum."""
         if not setting.fused_loss and head_ranks == 1:
             return 0
         V, D, on_cpu = -(-self.model.vocab_size // head_ranks), self.model.hidden_size, setting.device == "cpu"
@@ -177,18 +183,19 @@ class Plan:
         wide = 4 * V * D if setting.weights != "float32" else 0
         products = [rows * D * item, V * D * item if narrow and setting.weights == "float32" else 0]
         if head_ranks > 1:
-            products.append(rows * D * item + tokens * (head_ranks + 1) * D * _DTYPES[setting.weights].itemsize)
+            products.append(tokens * (head_ranks + 1 if on_cpu else 1) * D * _DTYPES[setting.weights].itemsize)
         if on_cpu and not narrow and rows * V * D >= MIN_MULTIPLICATIONS and fastest()[0] == "onednn":
             step = min(max(SLICE_BYTES // (4 * max(rows, D)), 128), V)
             products.append(4 * (2 * rows * step + 2 * step * D + rows * D))
-        return rows * V * item + copied + wide + max(products)
+        numbers = 8 * (5 * rows + tokens * head_ranks) if head_ranks > 1 else 0
+        return rows * V * item + copied + wide + numbers + max(products)
 
     def sent(self, strategy: str, setting: Setting) -> int:
         """ddp: 2 (n-1)/n G. fsdp: (n-1)/n ((k + 1) P_blocks + P_rest + G). hybrid: that with g, and 2 (m-1)/m G/g.
         fsdp-vocab: fsdp's without the head, and k times, for n N tokens, (n-1)/n of their hidden states, of as many
         gradients and of int64 targets, and 2 (n-1)/n of two float64 each (and two more)."""
         item, n, g = _DTYPES[setting.weights].itemsize, setting.num_gpus, setting.gpus_per_node
-        P, outside = self.model.num_parameters * item, self.model.outside_blocks * item
+        P, outside = self.model.num_parameters * item, numel(self.model.outside + self.model.head) * item
 
         def sharded(ranks: int, kept: int = 0) -> float:
             return (ranks - 1) / ranks * ((setting.grad_accum_steps + 1) * (P - outside) + outside + P - 2 * kept)
@@ -200,7 +207,7 @@ class Plan:
         if strategy == "fsdp-vocab":
             tokens = n * setting.batch_size * setting.seq_len
             each = tokens * (2 * self.model.hidden_size * item + 8) + 2 * 8 * (2 * tokens + 2)
-            return round(sharded(n, self.model.head * item) + setting.grad_accum_steps * (n - 1) / n * each)
+            return round(sharded(n, numel(self.model.head) * item) + setting.grad_accum_steps * (n - 1) / n * each)
         nodes = n // g
         return round(sharded(g) + 2 * (nodes - 1) / nodes * P / g) if strategy == "hsdp" else 0
 

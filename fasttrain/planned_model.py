@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ class PlannedModel:
     """(type of the weights, longest sequence) -> the model on the default device."""
     shapes: list[tuple[int, ...]]
     """Of every parameter, tied ones once."""
-    largest_block: int
-    """Elements of the largest of the repeated blocks; of the whole model where there are none."""
-    outside_blocks: int
-    """Elements of the parameters outside of the repeated blocks."""
-    head: int
-    """Of these, the output head's, which fsdp-vocab divides by classes; 0 where it is tied to another module."""
+    blocks: list[list[tuple[int, ...]]]
+    """Of each of the repeated blocks' parameters."""
+    outside: list[tuple[int, ...]]
+    """Of the parameters outside of the repeated blocks, but for `head`'s."""
+    head: list[tuple[int, ...]]
+    """Of the output head's, which fsdp-vocab divides by classes; none where it is tied to another module."""
     vocab_size: int
     hidden_size: int
     recompute: tuple[str, ...]
@@ -41,7 +41,12 @@ class PlannedModel:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
+        return numel(self.shapes)
+
+
+def numel(shapes: Iterable[Sequence[int]]) -> int:
+    """Elements of all of them."""
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def planned_model(model: str, sizes: Mapping[str, int], seq_len: int) -> PlannedModel:
@@ -80,15 +85,18 @@ def describe(name: str, build: Callable[[torch.dtype, int], nn.Module], built: n
     parameters = list(built.parameters())
     head = built.get_output_embeddings()  # type: ignore[operator]
     own = {id(parameter) for parameter in head.parameters(recurse=False)}
-    tied = isinstance(head, nn.Embedding) or any(id(p) in own for module in built.modules() if module is not head
-                                                 for p in module.parameters(recurse=False))
-    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks),
-                  default=sum(p.numel() for p in parameters))
-    outside = sum(p.numel() for p in parameters if id(p) not in in_blocks)
+    if isinstance(head, nn.Embedding) or any(id(p) in own for module in built.modules() if module is not head
+                                             for p in module.parameters(recurse=False)):
+        own = set()
     vocab_size, hidden_size = head.weight.shape
-    return PlannedModel(name, build, [tuple(p.shape) for p in parameters], largest, outside,
-                        0 if tied else sum(p.numel() for p in head.parameters(recurse=False)), vocab_size, hidden_size,
+    return PlannedModel(name, build, _shapes(parameters), [_shapes(block.parameters()) for block in blocks],
+                        _shapes(p for p in parameters if id(p) not in in_blocks | own),
+                        _shapes(p for p in parameters if id(p) in own), vocab_size, hidden_size,
                         ("none", "selective", "full") if blocks else ("none",))
+
+
+def _shapes(parameters: Iterable[nn.Parameter]) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in parameters]
 
 
 def _gpt(config: Mapping[str, Any]) -> Callable[[torch.dtype, int], nn.Module]:

@@ -1,4 +1,4 @@
-"""What one micro-batch allocates, found by running the real model on fake tensors: shapes alone, no memory, no GPU.
+"""What a micro-batch allocates, found by running the real model on fake tensors: shapes alone, no memory, no GPU.
 
 Every storage that forward and backward create is counted from its birth to its death, as Python's and autograd's own
 references decide it, so recomputation, views, casts by autocast and the fused loss are what they are in the real model
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .ops import linear_cross_entropy
-from .optimizations import _activation_checkpointing
+from .optimizations import _activation_checkpointing, repeated_blocks
+from .sharded_memory import OUTSIDE, Event, Moment
 
 
 class StepMemory(NamedTuple):
@@ -47,6 +48,8 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, known: set[int], weights: set[int], workspace: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
+        self.moments: list[Moment] = []
+        """From each event that was noted to the next."""
         self._known, self._weights, self._workspace = known, weights, workspace
         self._alive: dict[int, tuple[int, bool]] = {}
 
@@ -55,6 +58,15 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Bytes now alive that are copies of a weight in another type."""
         return sum(size for size, cast in self._alive.values() if cast)
 
+    def note(self, event: Event, unit: int) -> None:
+        """A moment begins."""
+        self.moments.append(Moment(event, unit, self.live, self.live))
+
+    def _look(self, beside: int = 0) -> None:
+        self.peak = max(self.peak, self.live + beside)
+        if self.moments and self.live + beside > self.moments[-1].most:
+            self.moments[-1] = self.moments[-1]._replace(most=self.live + beside)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         cast = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
@@ -62,7 +74,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage(), cast)
         if "linear_cross_entropy" in func.name():
-            self.peak = max(self.peak, self.live + self._workspace)
+            self._look(self._workspace)
         return result
 
     def _see(self, storage: Any, cast: bool) -> None:
@@ -71,7 +83,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._alive[key] = storage.nbytes(), cast
         self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
+        self._look()
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
@@ -80,7 +92,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *, recompute: str = "none",
                autocast: torch.dtype | None = None, fused_loss: bool = True, workspace: int = 0,
-               first: bool = False, fake: bool = True, head_ranks: int = 1) -> StepMemory:
+               first: bool = False, fake: bool = True) -> StepMemory:
     """Runs one micro-batch of `build()`, a causal language model, and counts.
 
     Args:
@@ -90,33 +102,123 @@ def trace_step(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *,
         workspace: bytes that the fused loss allocates inside itself, beside all that is alive then.
         first: the gradients are this micro-batch's to make; False: they exist, and it adds to them.
         fake: on fake tensors; False runs it for real, on the CPU.
-        head_ranks: fsdp-vocab: so many ranks score the tokens of all of them, each against its part of the classes.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports that only this needs
-
-    with FakeTensorMode() if fake else contextlib.nullcontext():
-        model = build()
-        if head_ranks > 1:
-            head = model.get_output_embeddings()  # type: ignore[operator]
-            size, width = head.weight.shape
-            head.weight = nn.Parameter(head.weight.new_empty((-(-size // head_ranks), width)))
-        if recompute != "none":
-            _activation_checkpointing(model, recompute)
+    with _fake_tensors() if fake else contextlib.nullcontext():
+        model = _recomputing(build(), recompute)
         for parameter in model.parameters():
             parameter.grad = None if first else torch.zeros_like(parameter)
         ids = torch.zeros((batch_size, seq_len), dtype=torch.int64)
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        known = {tensor.untyped_storage()._cdata for tensor in (ids, *(p.grad for p in model.parameters()))
-                 if tensor is not None}
-        with Allocations(known | weights, weights, workspace) as counted:
-            with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = _loss(model, ids, fused_loss, head_ranks)
+        with _counting(model, ids, workspace) as counted:
+            loss = _forward(model, ids, autocast, fused_loss)
             held, casts = counted.live, counted.casts
             with _upstream_of_one():
                 loss.backward()  # type: ignore[no-untyped-call]
             del loss
         made = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None) if first else 0
         return StepMemory(held, casts, counted.peak - made, counted.live - made)
+
+
+def trace_moments(build: Callable[[], nn.Module], batch_size: int, seq_len: int, *, recompute: str = "none",
+                  autocast: torch.dtype | None = None, fused_loss: bool = True, workspace: int = 0,
+                  micro_batches: int = 1, head_ranks: int = 1) -> list[Moment]:
+    """Runs a step of `build()` as fully_shard runs it by blocks, and counts from each of its events to the next.
+
+    Args:
+        micro_batches: of the step; the gradients are whole until the last one's backward has summed and dropped them.
+        head_ranks: fsdp-vocab: so many ranks score the tokens of all of them, each against its part of the classes.
+        The others: as in `trace_step`.
+    """
+    with _fake_tensors():
+        model = _recomputing(build(), recompute)
+        outside = {id(p): p for p in model.parameters()}
+        if head_ranks > 1:
+            head = model.get_output_embeddings()  # type: ignore[operator]
+            for parameter in head.parameters(recurse=False):
+                del outside[id(parameter)]
+            size, width = head.weight.shape
+            head.weight = nn.Parameter(head.weight.new_empty((-(-size // head_ranks), width)))
+        blocks = repeated_blocks(model)
+        for parameter in (p for block in blocks for p in block.parameters()):
+            outside.pop(id(parameter), None)
+        ids = torch.zeros((batch_size, seq_len), dtype=torch.int64)
+        with _counting(model, ids, workspace) as counted:
+            left = micro_batches
+            for unit, block in enumerate(blocks):
+                _follow(block, unit, counted, lambda: left == 1)
+            for left in range(micro_batches, 0, -1):
+                counted.note("forward", OUTSIDE)
+                loss = _forward(model, ids, autocast, fused_loss, head_ranks)
+                counted.note("scored", OUTSIDE)
+                with _upstream_of_one():
+                    loss.backward()  # type: ignore[no-untyped-call]
+                if left > 1:
+                    counted.note("added", OUTSIDE)
+                else:
+                    _sum(outside.values(), OUTSIDE, counted)
+                del loss
+        moments: list[Moment] = counted.moments
+        return moments
+
+
+def _follow(block: nn.Module, unit: int, counted: Allocations, is_last: Callable[[], bool]) -> None:
+    """Notes the block's events, and drops its gradients as their sum over ranks does."""
+
+    def ended(_: Tensor) -> None:
+        if is_last():
+            _sum(block.parameters(), unit, counted)
+        else:
+            counted.note("added", unit)
+
+    def begins(_: nn.Module, args: Any, kwargs: Any) -> None:
+        counted.note("forward", unit)
+        stream: Any = _differentiable((args, kwargs))
+        stream.register_hook(ended)  # before its node's own hook, which is another block's
+
+    def ends(_: nn.Module, args: Any, output: Any) -> None:
+        counted.note("forwarded", unit)
+        node: Any = _differentiable(output).grad_fn
+        node.register_prehook(lambda grads: counted.note("backward", unit))
+
+    block.register_forward_pre_hook(begins, with_kwargs=True)
+    block.register_forward_hook(ends)
+
+
+def _differentiable(tree: Any) -> Tensor:
+    """The first tensor with a gradient: a block's stream of hidden states."""
+    return next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad)
+
+
+def _sum(parameters: Iterable[nn.Parameter], unit: int, counted: Allocations) -> None:
+    counted.note("summing", unit)
+    for parameter in parameters:
+        parameter.grad = None
+    counted.note("summed", unit)
+
+
+def _fake_tensors() -> contextlib.AbstractContextManager[Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # a second of imports that only this needs
+
+    return FakeTensorMode()
+
+
+def _recomputing(model: nn.Module, recompute: str) -> nn.Module:
+    if recompute != "none":
+        _activation_checkpointing(model, recompute)
+    return model
+
+
+def _counting(model: nn.Module, ids: Tensor, workspace: int) -> Allocations:
+    """Of all but what is there before: weights, gradients and ids."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    known = {tensor.untyped_storage()._cdata for tensor in (ids, *(p.grad for p in model.parameters()))
+             if tensor is not None}
+    return Allocations(known | weights, weights, workspace)
+
+
+def _forward(model: nn.Module, ids: Tensor, autocast: torch.dtype | None, fused_loss: bool,
+             head_ranks: int = 1) -> Tensor:
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        return _loss(model, ids, fused_loss, head_ranks)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ LEVELS = [
         "distributed",
         "shards",
         "repeats",
+        "sharded_memory",
         "screens",
         "flags",
         "llama_weights",
