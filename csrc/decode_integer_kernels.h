@@ -100,6 +100,100 @@ void integer_tile(const Matrix& matrix, std::int64_t panel, const RowBlock& x, s
     }
 }
 
+// Where registers are few, rows of a batch go a group of weights at a time: it stays in the L1 cache for all of them, and
+// the next groups come from memory while it is in use. Most rows and vectors of a panel at a time: their sums, the
+// weights against one input, and that input fit the registers.
+constexpr bool kByGroups = Vec::width == 8;
+constexpr int kGroupRows = 4, kGroupVecs = 2;
+static_assert(kRowBlock % kGroupRows == 0);
+
+// sum (M, kGroupVecs) += the products of one step with the n-th quad of its inputs.
+template <class F, int M, int kQuad>
+inline __attribute__((always_inline)) void step_products(const unsigned char* at, const unsigned char* inputs, Quads (&sum)[M][kGroupVecs]) {
+  Quads weight[kGroupVecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < kGroupVecs; ++v) weight[v] = F::template factors<kQuad>(Quads::load(at + v * 4 * Vec::width));
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    const Quads input = Quads::spread(inputs + m * 4);
+#pragma GCC unroll 8
+    for (int v = 0; v < kGroupVecs; ++v) sum[m][v] = PairProducts::plus(sum[m][v], weight[v], input);
+  }
+}
+
+// total (M, kPanel) += M rows times kGroupVecs vectors of a group; `first` is where their scales stand.
+template <class F, int M>
+void group_tile(const unsigned char* at, const bfloat16* scales, const unsigned char* inputs, const RowBlock& x, std::int64_t first, float* total) {
+  constexpr int kSteps = F::kGroup / F::kStep;
+  const std::int64_t stride = x.count * 4, quad = kSteps * stride;
+  Quads sum[M][kGroupVecs];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kGroupVecs; ++v) sum[m][v] = Quads::set(x.offsets[first + m]);
+#pragma GCC unroll 1
+  for (int step = 0; step < kSteps; ++step, at += kStepBytes, inputs += stride) {
+    step_products<F, M, 0>(at, inputs, sum);
+    step_products<F, M, 1>(at, inputs + quad, sum);
+    if constexpr (F::kQuads == 4) {
+      step_products<F, M, 2>(at, inputs + 2 * quad, sum);
+      step_products<F, M, 3>(at, inputs + 3 * quad, sum);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kGroupVecs; ++v) {
+    const Vec scale = Vec::load(scales + v * Vec::width);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      float* to = total + m * kPanel + v * Vec::width;
+      Vec t = Vec::fma(sum[m][v].to_float() * Vec::set(x.scales[first + m]), scale, Vec::load(to));
+      if constexpr (F::kMinima) t = Vec::fma(Vec::set(x.sums[first + m]), Vec::load(scales + kPanel + v * Vec::width), t);
+      t.store(to);
+    }
+  }
+}
+
+template <class F, int M>
+void last_group_rows(int rows, const unsigned char* at, const bfloat16* scales, const unsigned char* inputs, const RowBlock& x, std::int64_t first,
+                     float* total) {
+  if constexpr (M > 0) {
+    if (rows == M) return group_tile<F, M>(at, scales, inputs, x, first, total);
+    last_group_rows<F, M - 1>(rows, at, scales, inputs, x, first, total);
+  }
+}
+
+// y (rows, ldy) = or += x times one panel.
+template <class F>
+void multiply_by_groups(const Matrix& matrix, std::int64_t panel, const Rows& x, std::int64_t rows, float* y, std::ptrdiff_t ldy, bool add_to) {
+  constexpr int kGroupBytes = F::kGroup / F::kStep * kStepBytes;
+  const unsigned char* w = matrix.weights.get<unsigned char>() + panel * matrix.panel_bytes;
+  const bfloat16* scales = matrix.scales.get<bfloat16>() + panel * matrix.panel_scales;
+  for (std::int64_t begin = 0; begin < rows; begin += kRowBlock) {
+    const RowBlock block = x.block(begin, rows, matrix);
+    const std::int64_t tiles = (block.count + kGroupRows - 1) / kGroupRows * (kVecs / kGroupVecs);
+    const std::int64_t lines = begin == 0 ? (kGroupBytes / 64 + tiles - 1) / tiles : 0;  // that each tile asks for
+    alignas(64) float total[kRowBlock * kPanel] = {};
+    for (std::int64_t group = 0; group * F::kGroup < matrix.padded_inputs; ++group) {
+      const unsigned char *at = w + group * kGroupBytes, *ahead = at + kPrefetchBytes;
+      const unsigned char* inputs = block.values + group * (F::kGroup / 2) * block.count * 4;
+      const bfloat16* of_group = scales + group * (F::kMinima ? 2 : 1) * kPanel;
+      for (int v = 0; v < kVecs; v += kGroupVecs)
+        for (std::int64_t m = 0; m < block.count; m += kGroupRows) {
+          for (std::int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead);
+          const int count = static_cast<int>(std::min<std::int64_t>(kGroupRows, block.count - m));
+          last_group_rows<F, kGroupRows>(count, at + v * 4 * Vec::width, of_group + v * Vec::width, inputs + m * 4, block, group * block.count + m,
+                                         total + m * kPanel + v * Vec::width);
+        }
+    }
+    for (std::int64_t m = 0; m < block.count; ++m)
+      for (int v = 0; v < kVecs; ++v) {
+        float* to = y + (begin + m) * ldy + v * Vec::width;
+        const Vec t = Vec::load(total + m * kPanel + v * Vec::width);
+        (add_to ? Vec::load(to) + t : t).store(to);
+      }
+  }
+}
+
 template <class F, int P, int M>
 void last_integer_rows(int rows, const Matrix& matrix, std::int64_t panel, const RowBlock& x, std::int64_t row, float* y, std::ptrdiff_t ldy,
                        bool add_to) {
@@ -121,6 +215,11 @@ void multiply_integers(const Matrix& matrix, std::int64_t first, std::int64_t la
       panel += 2;
       continue;
     }
+    if constexpr (kByGroups)
+      if (rows > kMostIntegerRows) {
+        multiply_by_groups<F>(matrix, panel++, x, rows, out, ldy, add_to);
+        continue;
+      }
     for (std::int64_t begin = 0; begin < rows; begin += kRowBlock) {
       const RowBlock block = x.block(begin, rows, matrix);
       std::int64_t m = 0;
@@ -138,10 +237,11 @@ void multiply_integers(const Matrix& matrix, std::int64_t first, std::int64_t la
 // of a group fits in 32. NaN and infinities make the scale NaN, so that they are seen in what is computed.
 template <class F>
 void quantize_row(const float* x, std::int64_t n, const RowBlock& out, std::int64_t row) {
-  constexpr int kGroup = F::kGroup;
+  constexpr int kGroup = F::kGroup, kSteps = kGroup / F::kStep;
   constexpr float kMost = 32512;
   static_assert(kGroup * 255.0 * kMost + 128.0 * kGroup * kMost < 2147483648.0);
   unsigned char* to = out.values + row * 4;
+  const std::int64_t stride = out.count * 4;
   for (std::int64_t group = 0; group * kGroup < n; ++group) {
     const float* from = x + group * kGroup;
     Vec largest = Vec::set(0), odd = Vec::set(0), sum = Vec::set(0);
@@ -152,7 +252,7 @@ void quantize_row(const float* x, std::int64_t n, const RowBlock& out, std::int6
     }
     const float most = largest.max(), strange = odd.sum();
     const bool usable = most > 1e-30f && strange == 0;  // below: nothing that a sum would feel, and the inverse overflows
-    alignas(64) std::int16_t rounded[kGroup] = {}, quads[kGroup];
+    alignas(64) std::int16_t rounded[kGroup] = {};
     if (usable) {
       const Vec inverse = Vec::set(kMost / most);
       for (int i = 0; i < kGroup; i += Vec::width) {
@@ -161,10 +261,17 @@ void quantize_row(const float* x, std::int64_t n, const RowBlock& out, std::int6
         sum = sum + q;
       }
     }
-    constexpr int kHalves = F::kGroup / F::kStep * 2;  // of one quad of each step
-    for (int i = 0; i < kGroup; ++i)  // of four inputs the first and third, the second and fourth: as the fields of weights are
-      quads[(i % F::kStep / 4 * 2 + i % 2) * kHalves + i / F::kStep * 2 + i % 4 / 2] = rounded[i];
-    for (int i = 0; i < kGroup; i += 2, to += out.count * 4) std::memcpy(to, quads + i, 4);
+    for (int step = 0; step < kSteps; ++step)
+      for (int quad = 0; quad < F::kQuads; quad += 2) {  // of four inputs the first and third, the second and fourth: as the fields of weights are
+        std::uint64_t four;
+        std::memcpy(&four, rounded + step * F::kStep + quad * 2, 8);
+        const std::uint64_t odd_ones = four >> 16;
+        const std::uint32_t pairs[] = {static_cast<std::uint32_t>((four & 0xffff) | (odd_ones & 0xffff0000u)),
+                                       static_cast<std::uint32_t>((odd_ones & 0xffff) | (odd_ones >> 16 & 0xffff0000u))};
+        std::memcpy(to + (quad * kSteps + step) * stride, pairs, 4);
+        std::memcpy(to + ((quad + 1) * kSteps + step) * stride, pairs + 1, 4);
+      }
+    to += kGroup / 2 * stride;
     const std::int64_t at = group * out.count + row;
     out.scales[at] = (usable ? most / kMost : 0.0f) + strange;
     out.offsets[at] = F::kMinima ? 0 : -128 * static_cast<std::int32_t>(sum.sum());

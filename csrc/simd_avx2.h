@@ -227,7 +227,11 @@ struct Quads {
 };
 // Of each lane's two halves the products, added to its 32 bits.
 struct PairProducts {
-  static Quads plus(Quads sum, Quads a, Quads b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
+  static Quads plus(Quads sum, Quads a, Quads b) {
+    const __m256i products = _mm256_madd_epi16(a.v, b.v);
+    asm("vpaddd %1, %0, %0" : "+x"(sum.v) : "x"(products));  // in place: GCC 12 adds into another register and moves it back
+    return sum;
+  }
 };
 
 }  // namespace fasttrain::avx2
