@@ -82,6 +82,83 @@ void last_rows(int rows, const unsigned char* w, std::size_t panel_bytes, std::i
   }
 }
 
+// Where registers are few, a batch takes kDepth inputs of a panel at a time: they stay in the L1 cache for all its rows,
+// and the next come from memory while they are in use. Up to kTallRows rows go together, of half a panel if they are more
+// than kMostRows, so that their sums, the weights and an input fit the registers.
+constexpr bool kByDepth = Vec::width == 8;
+constexpr std::int64_t kDepth = 64, kDepthRows = 48;
+constexpr int kTallRows = 6;
+
+// total (M, kPanel) += M rows times V vectors of `depth` inputs. Fetches what is `ahead`, `pace` bytes for two vectors.
+template <class F, int M, int V>
+inline __attribute__((always_inline)) void depth_tile(const unsigned char* w, std::int64_t depth, const float* x, std::ptrdiff_t ldx, float* total,
+                                                      const unsigned char* ahead, std::int64_t pace) {
+  Vec sum[M][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[m][v] = Vec::load(total + m * kPanel + v * Vec::width);
+#pragma GCC unroll 1
+  for (std::int64_t k = 0; k < depth; k += F::kStep) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v += 2, ahead += pace) __builtin_prefetch(ahead);
+    Vec weight[V][F::kStep];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) F::load(w, k, v, weight[v]);
+#pragma GCC unroll 2
+    for (int s = 0; s < F::kStep; ++s) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Vec input = Vec::set(x[m * ldx + k + s]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sum[m][v] = Vec::fma(weight[v][s], input, sum[m][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[m][v].store(total + m * kPanel + v * Vec::width);
+}
+
+template <class F, int M>
+void depth_rows(int rows, const unsigned char* w, std::int64_t depth, const float* x, std::ptrdiff_t ldx, float* total, const unsigned char* ahead,
+                std::int64_t pace) {
+  if constexpr (M > 0) {
+    if (rows < M) return depth_rows<F, M - 1>(rows, w, depth, x, ldx, total, ahead, pace);
+    constexpr int V = M > kMostRows ? kVecs / 2 : kVecs;
+    for (int v = 0; v < kVecs; v += V, ahead += kDepth / F::kStep * (V / 2) * pace)
+      depth_tile<F, M, V>(w + v * Vec::width * F::kBytes * F::kStep, depth, x, ldx, total + v * Vec::width, ahead, pace);
+  }
+}
+
+// y (rows, ldy) = or += x times one panel.
+template <class F>
+void multiply_by_depth(const Matrix& matrix, const unsigned char* w, const Rows& x, std::int64_t rows, float* y, std::ptrdiff_t ldy, bool add) {
+  for (std::int64_t begin = 0; begin < rows; begin += kDepthRows) {
+    const std::int64_t count = std::min(kDepthRows, rows - begin), tiles = (count + kTallRows - 1) / kTallRows;
+    constexpr std::int64_t kBytes = kDepth * kPanel * F::kBytes;
+    const std::int64_t fetched = begin == 0 ? kBytes / tiles : 0, pace = fetched * F::kStep / (kDepth * kVecs / 2);
+    alignas(64) float total[kDepthRows * kPanel];
+    std::fill_n(total, count * kPanel, 0.0f);
+    for (std::int64_t k = 0; k < matrix.padded_inputs; k += kDepth) {
+      const std::int64_t depth = std::min(kDepth, matrix.padded_inputs - k);
+      const unsigned char* at = w + k * kPanel * F::kBytes;
+      for (std::int64_t t = 0; t < tiles; ++t) {  // of equal rows, but for one
+        const std::int64_t m = count * t / tiles, end = count * (t + 1) / tiles;
+        depth_rows<F, kTallRows>(static_cast<int>(end - m), at, depth, x.values + (begin + m) * x.stride + k, x.stride, total + m * kPanel,
+                                 at + kBytes + t * fetched, pace);
+      }
+    }
+    for (std::int64_t m = 0; m < count; ++m)
+      for (int v = 0; v < kVecs; ++v) {
+        float* to = y + (begin + m) * ldy + v * Vec::width;
+        const Vec sum = Vec::load(total + m * kPanel + v * Vec::width);
+        (add ? Vec::load(to) + sum : sum).store(to);
+      }
+  }
+}
+
 // y (rows, ldy) = or += x times panels [first, last) of a matrix.
 template <class F>
 void multiply(const Matrix& matrix, std::int64_t first, std::int64_t last, const Rows& inputs, std::int64_t rows, float* y, std::ptrdiff_t ldy,
@@ -97,6 +174,12 @@ void multiply(const Matrix& matrix, std::int64_t first, std::int64_t last, const
       panel += 2;
       continue;
     }
+    if constexpr (kByDepth)
+      if (rows > kMostRows) {
+        multiply_by_depth<F>(matrix, w, inputs, rows, out, ldy, add);
+        ++panel;
+        continue;
+      }
     std::int64_t m = 0;
     for (; m + kMostRows <= rows; m += kMostRows) {
       const auto full = m == 0 ? &tile<F, kMostRows, 1, true> : &tile<F, kMostRows, 1, false>;

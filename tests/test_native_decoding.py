@@ -140,16 +140,17 @@ def test_a_batch_equals_its_rows_bit_for_bit_on_any_number_of_threads(each_isa: 
         assert torch.equal(torch.cat(alone), batch)
 
 
-@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("weight_dtype", ["model", "bfloat16", "int8", "int4"])
 def test_a_step_of_many_rows_equals_the_steps_of_each(each_isa: None, weight_dtype: Any) -> None:
-    """Integer weights multiply rows in blocks of 12 and tiles of fewer."""
-    model, prompts = gpt(), [[i + 1, 2 * i + 3] for i in range(29)]
+    """Rows are multiplied in blocks (of 12 with integer weights, of 48 with others on AVX2) and tiles of fewer."""
+    model, prompts = gpt(), [[i + 1, 2 * i + 3] for i in range(53)]
     decoder = NativeDecoder(model, weight_dtype)
-    decoder.start(prompts, 8)
-    together = decoder.step(torch.arange(29))
-    for i in (0, 3, 11, 12, 23, 24, 28):
-        decoder.start(prompts[i : i + 1], 8)
-        assert torch.equal(decoder.step(torch.tensor([i])), together[i : i + 1])
+    for size in (4, 5, 7, 11, 53):
+        decoder.start(prompts[:size], 8)
+        together = decoder.step(torch.arange(size))
+        for i in {i for i in (0, 3, 4, 11, 12, 24, 47, 48, 52) if i < size}:
+            decoder.start(prompts[i : i + 1], 8)
+            assert torch.equal(decoder.step(torch.tensor([i])), together[i : i + 1])
 
 
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
