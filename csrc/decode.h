@@ -97,7 +97,7 @@ struct Kernels {
   using Attend = void (*)(const HeadCache&, std::int64_t chunk, const float* queries, int rows, const std::int64_t* last_seen,
                           float scale, float* out, float* maxima, float* sums);
   Multiply multiply[4];  // by WeightFormat
-  void (*quantize)(const float* x, const Matrix&, const RowBlock& out, std::int64_t row);
+  void (*quantize)(const float* x, const Matrix&, const RowBlock& out, std::int64_t row, std::int64_t first_group, std::int64_t last_group);
   void (*normalize)(const float* x, const float* weight, std::int64_t n, float eps, float* out);
   void (*gate)(float* gates, const float* ups, std::int64_t n);
   Attend attend_float32, attend_float16;
@@ -192,12 +192,12 @@ class DecodeSession {
   void reserve(std::int64_t M, std::int64_t chunks);
   Rows normalized(int thread, const float* weight, std::int64_t M, const Matrix& matrix);
   Rows prepared(int thread, const float* x, std::ptrdiff_t ldx, std::int64_t M, const Matrix& matrix);
-  void quantize(const Rows& rows, std::int64_t begin, std::int64_t end, std::int64_t M, const Matrix& matrix) const;
+  void quantize(const Rows& rows, std::int64_t M, const Matrix& matrix, int part, int parts) const;
   void multiply(int thread, const Matrix& matrix, const Rows& x, std::int64_t M, float* y, std::ptrdiff_t ldy, bool add) const;
 
   const std::shared_ptr<DecoderWeights> weights_;
   const Kernels* kernels_;
-  const std::int64_t capacity_, padded_head_;
+  const std::int64_t capacity_, padded_head_, own_rows_;
   const bool half_cache_;
   const std::size_t element_bytes_;
   std::vector<float> cosines_, sines_;

@@ -233,16 +233,16 @@ void multiply_integers(const Matrix& matrix, std::int64_t first, std::int64_t la
   }
 }
 
-// Rounds a row to 16 bits: q = round(x / scale), scale = max |x| / 32512 of the group: 15 bits and a half, so that the sum
+// Rounds groups [first, last) of a row to 16 bits: q = round(x / scale), scale = max |x| / 32512 of the group: 15 bits and a half, so that the sum
 // of a group fits in 32. NaN and infinities make the scale NaN, so that they are seen in what is computed.
 template <class F>
-void quantize_row(const float* x, std::int64_t n, const RowBlock& out, std::int64_t row) {
+void quantize_row(const float* x, std::int64_t first, std::int64_t last, const RowBlock& out, std::int64_t row) {
   constexpr int kGroup = F::kGroup, kSteps = kGroup / F::kStep;
   constexpr float kMost = 32512;
   static_assert(kGroup * 255.0 * kMost + 128.0 * kGroup * kMost < 2147483648.0);
-  unsigned char* to = out.values + row * 4;
   const std::int64_t stride = out.count * 4;
-  for (std::int64_t group = 0; group * kGroup < n; ++group) {
+  unsigned char* to = out.values + row * 4 + first * (kGroup / 2) * stride;
+  for (std::int64_t group = first; group < last; ++group) {
     const float* from = x + group * kGroup;
     Vec largest = Vec::set(0), odd = Vec::set(0), sum = Vec::set(0);
     for (int i = 0; i < kGroup; i += Vec::width) {
@@ -279,9 +279,9 @@ void quantize_row(const float* x, std::int64_t n, const RowBlock& out, std::int6
   }
 }
 
-void quantize(const float* x, const Matrix& matrix, const RowBlock& out, std::int64_t row) {
-  if (matrix.format == WeightFormat::int8) quantize_row<Int8Products>(x, matrix.padded_inputs, out, row);
-  else quantize_row<Int4Products>(x, matrix.padded_inputs, out, row);
+void quantize(const float* x, const Matrix& matrix, const RowBlock& out, std::int64_t row, std::int64_t first_group, std::int64_t last_group) {
+  if (matrix.format == WeightFormat::int8) quantize_row<Int8Products>(x, first_group, last_group, out, row);
+  else quantize_row<Int4Products>(x, first_group, last_group, out, row);
 }
 
 Kernels with_integers(Kernels table) {

@@ -17,7 +17,10 @@ namespace fasttrain {
 namespace {
 
 constexpr std::int64_t kPassTokens = 192;  // of a prompt in one pass: enough to be bound by arithmetic
-constexpr std::int64_t kFewRows = 4;       // rows that every thread normalizes for itself, which saves a barrier
+
+// Rows that every thread prepares for itself, which saves barriers and other cores' cache lines. Among many threads a share
+// of the work is the less.
+constexpr std::int64_t own_rows(int threads) { return threads <= 4 ? kRowBlock : 4; }
 
 std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
@@ -34,7 +37,8 @@ Range share(std::int64_t n, int thread, int threads) { return {n * thread / thre
 DecodeSession::DecodeSession(std::shared_ptr<DecoderWeights> weights, std::int64_t rows, std::int64_t capacity, std::uintptr_t cosines,
                              std::uintptr_t sines)
     : weights_(std::move(weights)), kernels_(&decode_kernels()), capacity_(padded(capacity, kChunk)),
-      padded_head_(padded(weights_->shape.head_size, kPanel)), half_cache_(weights_->format != WeightFormat::float32),
+      padded_head_(padded(weights_->shape.head_size, kPanel)), own_rows_(own_rows(weights_->team.size())),
+      half_cache_(weights_->format != WeightFormat::float32),
       element_bytes_(half_cache_ ? 2 : 4) {
   const DecoderShape& shape = weights_->shape;
   const std::size_t angles = static_cast<std::size_t>(capacity) * shape.head_size / 2;
@@ -166,14 +170,14 @@ void DecodeSession::reserve(std::int64_t M, std::int64_t chunks) {
   if (M > reserved_tokens_) {
     reserved_tokens_ = M;
     x_ = Buffer(sizeof(float) * M * ld_hidden_);
-    normed_ = Buffer(sizeof(float) * std::max<std::int64_t>(M, threads * kFewRows) * ld_hidden_);
+    normed_ = Buffer(sizeof(float) * std::max<std::int64_t>(M, threads * own_rows_) * ld_hidden_);
     wanted_ = Buffer(sizeof(float) * M * ld_hidden_);
     qkv_ = Buffer(sizeof(float) * M * ld_qkv_);
     attention_ = Buffer(sizeof(float) * M * ld_attention_);
     mlp_ = Buffer(sizeof(float) * M * ld_mlp_);
     if (is_integer(weights_->format)) {
       const std::int64_t widest = std::max({ld_hidden_, ld_attention_, ld_mlp_ / 2});
-      quantized_part_ = Rows::quantized_bytes(kFewRows, padded(widest, kAlign)) + 1024;  // no thread writes into another's lines
+      quantized_part_ = Rows::quantized_bytes(own_rows_, padded(widest, kAlign)) + 1024;  // no thread writes into another's lines
       quantized_ = Buffer(std::max<std::size_t>(Rows::quantized_bytes(M, padded(widest, kAlign)), threads * quantized_part_));
     }
   }
@@ -204,12 +208,10 @@ void DecodeSession::pass(const std::vector<Run>& runs, const std::vector<std::in
     for (std::int64_t index = 0; index < shape.num_layers; ++index) layer(thread, index, runs, M);
     if (N == 0) return;
     const Range last = share(N, thread, team.size());
-    Rows heads{rows, ld_hidden_, quantized_.get<unsigned char>()};
     for (std::int64_t i = last.begin; i < last.end; ++i)
       kernels_->normalize(x + wanted[i] * ld_hidden_, weights_->final_norm.data(), shape.hidden_size, shape.norm_eps, rows + i * ld_hidden_);
-    quantize(heads, last.begin, last.end, N, weights_->head());
     team.barrier();
-    multiply(thread, weights_->head(), heads, N, logits, ld_logits_, false);
+    multiply(thread, weights_->head(), prepared(thread, rows, ld_hidden_, N, weights_->head()), N, logits, ld_logits_, false);
   });
 }
 
@@ -218,22 +220,21 @@ void DecodeSession::multiply(int thread, const Matrix& matrix, const Rows& x, st
   kernels_->multiply[static_cast<int>(matrix.format)](matrix, panels.begin, panels.end, x, M, y, ldy, add);
 }
 
-// For a matrix of integers, rows [begin, end) of M in 16 bits.
-void DecodeSession::quantize(const Rows& rows, std::int64_t begin, std::int64_t end, std::int64_t M, const Matrix& matrix) const {
-  if (!is_integer(matrix.format)) return;
-  for (std::int64_t m = begin; m < end; ++m) {
+// For a matrix of integers, a part of the groups of M rows in 16 bits: what a thread writes lies together.
+void DecodeSession::quantize(const Rows& rows, std::int64_t M, const Matrix& matrix, int part, int parts) const {
+  const Range groups = share(matrix.padded_inputs / (matrix.format == WeightFormat::int8 ? kInt8Group : kInt4Group), part, parts);
+  for (std::int64_t m = 0; m < M; ++m) {
     const std::int64_t block = m / kRowBlock * kRowBlock;
-    kernels_->quantize(rows.values + m * rows.stride, matrix, rows.block(block, M, matrix), m - block);
+    kernels_->quantize(rows.values + m * rows.stride, matrix, rows.block(block, M, matrix), m - block, groups.begin, groups.end);
   }
 }
 
 // Rows of x as `matrix` is multiplied with. Few rows every thread prepares for itself, of more a share and then waits.
 Rows DecodeSession::prepared(int thread, const float* x, std::ptrdiff_t ldx, std::int64_t M, const Matrix& matrix) {
-  const bool own = M <= kFewRows;
+  const bool own = M <= own_rows_;
   const Rows rows{x, ldx, quantized_.get<unsigned char>() + (own ? thread * quantized_part_ : 0)};
   if (!is_integer(matrix.format)) return rows;
-  const Range mine = own ? Range{0, M} : share(M, thread, weights_->team.size());
-  quantize(rows, mine.begin, mine.end, M, matrix);
+  quantize(rows, M, matrix, own ? 0 : thread, own ? 1 : weights_->team.size());
   if (!own) weights_->team.barrier();
   return rows;
 }
@@ -241,15 +242,13 @@ Rows DecodeSession::prepared(int thread, const float* x, std::ptrdiff_t ldx, std
 Rows DecodeSession::normalized(int thread, const float* weight, std::int64_t M, const Matrix& matrix) {
   const DecoderShape& shape = weights_->shape;
   ThreadTeam& team = weights_->team;
-  const bool own = M <= kFewRows;
-  float* out = normed_.get<float>() + (own ? thread * kFewRows * ld_hidden_ : 0);
-  const Rows rows{out, ld_hidden_, quantized_.get<unsigned char>() + (own ? thread * quantized_part_ : 0)};
+  const bool own = M <= own_rows_;
+  float* out = normed_.get<float>() + (own ? thread * own_rows_ * ld_hidden_ : 0);
   const Range mine = own ? Range{0, M} : share(M, thread, team.size());
   for (std::int64_t m = mine.begin; m < mine.end; ++m)
     kernels_->normalize(x_.get<float>() + m * ld_hidden_, weight, shape.hidden_size, shape.norm_eps, out + m * ld_hidden_);
-  quantize(rows, mine.begin, mine.end, M, matrix);
   if (!own) team.barrier();
-  return rows;
+  return prepared(thread, out, ld_hidden_, M, matrix);
 }
 
 void DecodeSession::layer(int thread, std::int64_t index, const std::vector<Run>& runs, std::int64_t M) {
