@@ -4,8 +4,8 @@
 
 The model is SmolLM2-135M's shape with random weights unless one is given; llama.cpp takes part where llama-cpp-python
 is importable by this interpreter or by the given one (or by FASTTRAIN_LLAMA_PYTHON). Before anything is timed, the
-greedy texts are compared. The floor reads as many bytes as the weights have, once a token. `quality` needs a real
-model: it compares greedy texts with transformers' and computes perplexities on the standard library's source.
+greedy texts are compared. The floor reads as many bytes as the weights have, once a token. `greedy` and `quality` need
+a real model and read the standard library's source: 20 texts beside transformers', and perplexities.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fasttrain.backend import CPP_PROBLEM, extension
 from fasttrain.native_decoding import NativeDecoder
 
 CONTENDER = Path(__file__).with_name("generate_contender.py")
-PARTS = ("speed", "batch", "prefill", "context", "sampler", "speculation", "penalties", "check", "quality")
+PARTS = ("speed", "batch", "prefill", "context", "sampler", "speculation", "penalties", "check", "greedy", "quality")
 PROMPT, COUNT, ROUNDS = 16, 128, 5
 # Of a width llama.cpp's counterpart and bytes a weight: of the blocks' matrices, and of the embedding and head.
 WIDTHS = {
@@ -355,15 +355,19 @@ def tokenizer_of(path: str) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-def quality(path: str, model: Any) -> list[str]:
-    """Greedy texts beside transformers', and perplexity by width."""
+def ids_of_the_standard_library(path: str) -> list[int]:
     stdlib = Path(os.__file__).parent
     text = "".join(
         (stdlib / name).read_text()
         for name in ("argparse.py", "statistics.py", "textwrap.py", "shutil.py", "json/decoder.py")
     )
-    ids = tokenizer_of(path)(text)["input_ids"]
-    lines = [greedy_texts(model, ids), "", *perplexities(model, ids)]
+    return tokenizer_of(path)(text)["input_ids"]
+
+
+def quality(path: str, model: Any) -> list[str]:
+    """Perplexity by width."""
+    ids = ids_of_the_standard_library(path)
+    lines = perplexities(model, ids)
     if path.lower().endswith(".gguf"):
         lines += [
             "",
@@ -496,9 +500,13 @@ def main() -> None:
         "speculation": lambda: speculation(model, tokenizer_of(options.model)),
         "penalties": lambda: penalties(model, tokenizer_of(options.model)),
         "check": lambda: check(model),
-        "quality": lambda: quality(options.model, model) if options.model != "random" else ["Needs --model."],
+        "greedy": lambda: [greedy_texts(model, ids_of_the_standard_library(options.model))],
+        "quality": lambda: quality(options.model, model),
     }
     for part in parts:
+        if part in ("greedy", "quality") and options.model == "random":
+            print(f"## {part}\nNeeds --model.\n", flush=True)
+            continue
         if part == "speed":
             rows, notes = speed(options.model, llama_python(options.llama_python))
             lines = [*markdown(rows).splitlines(), "", *(f"- {note}" for note in notes)]
