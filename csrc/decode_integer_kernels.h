@@ -233,8 +233,9 @@ void multiply_integers(const Matrix& matrix, std::int64_t first, std::int64_t la
   }
 }
 
-// Rounds groups [first, last) of a row to 16 bits: q = round(x / scale), scale = max |x| / 32512 of the group: 15 bits and a half, so that the sum
-// of a group fits in 32. NaN and infinities make the scale NaN, so that they are seen in what is computed.
+// Rounds groups [first, last) of a row to 16 bits: q = round(x / scale), scale = max |x| / 32512 of the group: 15 bits and
+// a half, so that the sum of a group fits in 32. NaN and infinities make the scale NaN, so that they are seen in what is
+// computed.
 template <class F>
 void quantize_row(const float* x, std::int64_t first, std::int64_t last, const RowBlock& out, std::int64_t row) {
   constexpr int kGroup = F::kGroup, kSteps = kGroup / F::kStep;
