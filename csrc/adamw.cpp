@@ -30,6 +30,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "adamw.h"
+#include "adamw_lanes.h"
 #include "half_types.h"
 #include "isa.h"
 #include "words.h"
@@ -43,7 +44,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kUnit = 64;    // elements whose random bits come together
 constexpr int kBlock = 256;  // of the eight-bit moments: one scale each
 constexpr std::int64_t kChunk = 16384;  // elements a thread takes at a time; a multiple of kBlock
 
@@ -82,6 +82,7 @@ struct Chunk {
 }  // namespace fasttrain
 
 namespace fasttrain::scalar { namespace {
+#include "adamw_narrow.h"
 #include "adamw_blocks.h"
 } }
 
@@ -89,6 +90,7 @@ namespace fasttrain::scalar { namespace {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace fasttrain::avx2 { namespace {
+#include "adamw_narrow.h"
 #include "adamw_blocks.h"
 } }
 #pragma GCC pop_options
@@ -96,6 +98,7 @@ namespace fasttrain::avx2 { namespace {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace fasttrain::avx512 { namespace {
+#include "adamw_narrow.h"
 #include "adamw_blocks.h"
 } }
 #pragma GCC pop_options

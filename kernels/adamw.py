@@ -69,15 +69,19 @@ def _round_up_or_down(wide, noise):
 
 
 @triton.jit
-def _random(row, first_unit, step, BLOCK: tl.constexpr):
-    # 32 bits for each element: the words of counter unit * 16 + lane are for elements lane, lane + 16, ... of the unit.
-    counter = first_unit * 16 + tl.arange(0, BLOCK // 4)
+def _random(row, first_unit, step, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    # For m and for v of each element: elements i and i + 32 of a unit of 64 share word i // 8 of counter i % 8.
+    counter = first_unit * 8 + tl.arange(0, BLOCK // 8)
     zero = tl.zeros(counter.shape, tl.uint32)
     w0, w1, w2, w3 = philox_impl((counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32),
                                  zero + step.to(tl.uint32), zero + tl.load(row + 8).to(tl.uint32),
                                  tl.load(row + 9).to(tl.uint32), tl.load(row + 10).to(tl.uint32), 7)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (units * 16, 2, 2), the words in order
-    return words.reshape(BLOCK // 64, 16, 4).permute(0, 2, 1).reshape(BLOCK)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (units * 8, 2, 2), the words in order
+    words = words.reshape(BLOCK // 64, 8, 4).permute(0, 2, 1).reshape(BLOCK // 64, 1, 32)
+    words = tl.broadcast_to(words, [BLOCK // 64, 2, 32]).reshape(BLOCK)
+    low, high = words & ((1 << BITS) - 1), words >> (32 - BITS)
+    second = (tl.arange(0, BLOCK) & 32) != 0
+    return tl.where(second, high, low), tl.where(second, low, high)
 
 
 @triton.jit
@@ -212,15 +216,16 @@ def _update_kernel(table, factors, blocks, multiplier, skip, BLOCK: tl.constexpr
     if ZERO:
         tl.store(grad_at + at, tl.zeros(at.shape, TYPE), mask=inside)
     if NARROW:
-        words = _random(row, tl.load(row + 7) // 64 + chunk * (BLOCK // 64), step, BLOCK)
+        first_unit = tl.load(row + 7) // 64 + chunk * (BLOCK // 64)
+        m_noise, v_noise = _random(row, first_unit, step, 20 if CODED else 16, BLOCK)
     if CODED:
         m_exponent, v_exponent = _scale_exponent(m, BLOCK), _scale_exponent(v, BLOCK)
         tl.store(m_scale_at, (m_exponent << 23).to(tl.float32, bitcast=True), mask=scaled < num_scales)
         tl.store(m_scale_at + num_scales, (v_exponent << 23).to(tl.float32, bitcast=True), mask=scaled < num_scales)
-        m = _coded(m, _per_element(m_exponent, BLOCK), words & 0xFFFFF, 127)
-        v = _coded(v, _per_element(v_exponent, BLOCK), words >> 12, 255)
+        m = _coded(m, _per_element(m_exponent, BLOCK), m_noise, 127)
+        v = _coded(v, _per_element(v_exponent, BLOCK), v_noise, 255)
     elif NARROW:
-        m, v = _round_up_or_down(m, words & 0xFFFF), _round_up_or_down(v, words >> 16)
+        m, v = _round_up_or_down(m, m_noise), _round_up_or_down(v, v_noise)
     tl.store(m_at + at, m, mask=inside)
     tl.store(v_at + at, v, mask=inside)
     if chunk == 0:

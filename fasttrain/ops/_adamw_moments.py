@@ -11,11 +11,12 @@ int8: a float with 3 bits of mantissa, rounded the same way (twenty random bits 
     becomes code 1 or 0 with its probability. v: 1..255, from 1.125 * 2^(E-31); what is not zero is at least code 1:
     a v of 0 under an m that is not would be a step of m / eps. A power of two as scale costs no rounding and no
     division, so widening and narrowing again gives the same value, and a reload changes nothing.
-Random bits of element i of parameter k in step t: Philox4x32-7 with key `seed` and counter (i / 64 * 16 + i mod 16,
-    its high word, t, k), word (i / 16) mod 4; seven rounds are the fewest that pass BigCrush (Salmon et al. 2011). m
-    takes the lowest 16 or 20 bits of the word, v the highest (of the eight that 20 and 20 share, v's weigh 2^-12). i
-    is the index in the whole parameter in row-major order, so neither threads, nor devices, nor sharding, nor a
-    resume can change a bit.
+Random bits of parameter k in step t: Philox4x32-7 with key `seed` and counters (c, its high word, t, k); seven rounds
+    are the fewest that pass BigCrush (Salmon et al. 2011). Of each 64 elements, i and i + 32 share word i / 8 of
+    counter (element / 64) * 8 + i mod 8: m of the first and v of the second take its lowest 16 or 20 bits, the other
+    two its highest, so the two moments of an element never round with the same bits (of the eight that 20 and 20
+    share, those of the highest weigh 2^-12). Elements are counted in the whole parameter in row-major order, so
+    neither threads, nor devices, nor sharding, nor a resume can change a bit.
 Remainder: a float32 master w lives as the bfloat16 parameter p, its upper half, and 16 bits, its lower half as a signed
     number: bits(w) = bits(p) * 2^16 + remainder, so p is w rounded to nearest. A tie goes away from zero: to even, the
     two neighbours of a tie would share their remainder and w could not be told. NaN is kept as the quiet one.
@@ -86,31 +87,35 @@ def keep(state: dict[str, Any], m: Tensor, v: Tensor, *, seed: int, parameter: i
         state["exp_avg"].copy_(m)
         state["exp_avg_sq"].copy_(v)
         return
-    bits = random_bits(m.shape, seed=seed, step=state["step"], parameter=parameter, offset=offset, device=m.device)
-    for which, (key, wide) in enumerate(zip(MOMENTS, (m, v))):
+    noises = random_bits(20 if SCALES in state else 16, m.shape, seed=seed, step=state["step"], parameter=parameter,
+                         offset=offset, device=m.device)
+    for which, (key, wide, noise) in enumerate(zip(MOMENTS, (m, v), noises)):
         if SCALES in state:
-            codes, scale = _encoded(wide, bits >> 12 if which else bits & 0xFFFFF, _TOP[which])
+            codes, scale = _encoded(wide, noise, _TOP[which])
             state[key].copy_(codes)
             state[SCALES][which].copy_(scale)
         else:
-            state[key].copy_(_rounded(wide, bits >> 16 if which else bits & 0xFFFF))
+            state[key].copy_(_rounded(wide, noise))
 
 
 def is_narrow(state: dict[str, Any]) -> bool:
     return SCALES in state or state["exp_avg"].dtype == torch.bfloat16
 
 
-def random_bits(shape: torch.Size, *, seed: int, step: Tensor | int, parameter: int, offset: int = 0,
-                device: torch.device | str = "cpu") -> Tensor:
-    """32 bits, int64, for each element of a shard that starts at element `offset`."""
+def random_bits(num_bits: int, shape: torch.Size, *, seed: int, step: Tensor | int, parameter: int, offset: int = 0,
+                device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random `num_bits`-bit numbers, int64, for m and for v of each element of a shard that starts at `offset`."""
     numel = shape.numel()
     first = offset // 64
     units = -(-(offset + numel) // 64) - first
-    counter = torch.arange(first * 16, (first + units) * 16, device=device)
+    counter = torch.arange(first * 8, (first + units) * 8, device=device)
     fixed = [torch.as_tensor(x, device=device).to(torch.int64) & _MASK for x in (step, parameter, seed, seed >> 32)]
     words = _philox((counter & _MASK, counter >> 32, fixed[0], fixed[1]), (fixed[2], fixed[3]))
-    flat = torch.stack([word.view(units, 16) for word in words], dim=1).flatten()  # (units, 4, 16) -> units * 64
-    return flat[offset - first * 64:][:numel].view(shape)
+    word = torch.stack([word.view(units, 8) for word in words], dim=1).view(units, 32)
+    low, high = word & (1 << num_bits) - 1, word >> 32 - num_bits
+    both = torch.stack([low, high], dim=1).flatten(), torch.stack([high, low], dim=1).flatten()  # (units * 64,)
+    m, v = (noise[offset - first * 64:][:numel].view(shape) for noise in both)
+    return m, v
 
 
 def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -130,8 +135,8 @@ def round_stochastically(wide: Tensor, narrow: Tensor, *, seed: int, step: int =
 
     Infinities and NaN are passed on as they are.
     """
-    bits = random_bits(wide.shape, seed=seed, step=step, parameter=parameter, device=wide.device)
-    narrow.copy_(_rounded(wide, bits & 0xFFFF))
+    noise, _ = random_bits(16, wide.shape, seed=seed, step=step, parameter=parameter, device=wide.device)
+    narrow.copy_(_rounded(wide, noise))
 
 
 def _rounded(wide: Tensor, bits: Tensor) -> Tensor:

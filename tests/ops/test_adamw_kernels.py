@@ -217,13 +217,26 @@ def test_random_bits_are_philox_of_seed_step_parameter_and_element() -> None:
         0x24126EA1,
     ]
     arguments: dict[str, Any] = {"seed": (3 << 32) + 9, "step": 12, "parameter": 5, "offset": (1 << 40) + 256}
-    words = random_bits(torch.Size([700]), **{**arguments, "step": torch.tensor(12.0)})
-    for i in (0, 1, 15, 16, 63, 64, 255, 699):
-        element = (1 << 40) + 256 + i
-        counter = element // 64 * 16 + element % 16
-        assert int(words[i]) == philox([counter % 2**32, counter >> 32, 12, 5], [9, 3], 7)[element // 16 % 4]
-    for other in ({"seed": 1}, {"step": 11}, {"parameter": 6}, {"offset": 0}):
-        assert (random_bits(torch.Size([700]), **{**arguments, **other}) == words).float().mean() < 0.05
+    for num_bits in (16, 20):
+        noises = random_bits(num_bits, torch.Size([700]), **{**arguments, "step": torch.tensor(12.0)})
+        for i in (0, 1, 7, 8, 31, 32, 33, 63, 64, 255, 699):
+            element = (1 << 40) + 256 + i
+            counter = element // 64 * 8 + element % 8
+            word = philox([counter % 2**32, counter >> 32, 12, 5], [9, 3], 7)[element // 8 % 4]
+            lowest_and_highest = [word % 2**num_bits, word >> 32 - num_bits]
+            assert [int(noise[i]) for noise in noises] == lowest_and_highest[:: -1 if element % 64 >= 32 else 1]
+        for other in ({"seed": 1}, {"step": 11}, {"parameter": 6}, {"offset": 0}):
+            changed = random_bits(num_bits, torch.Size([700]), **{**arguments, **other})
+            assert all((one == another).float().mean() < 0.05 for one, another in zip(noises, changed))
+
+
+def test_the_moments_of_an_element_and_those_of_its_neighbours_round_independently() -> None:
+    m, v = (noise.double() / 2**20 for noise in random_bits(20, torch.Size([1 << 18]), seed=3, step=7, parameter=1))
+    apart = [(noise[n:], noise[:-n]) for noise in (m, v) for n in (1, 8, 31, 32, 33, 64)]
+    for one, other in [(m, v), *apart]:
+        z = float(torch.corrcoef(torch.stack([one, other]))[0, 1]) * len(one) ** 0.5
+        assert abs(z) < 5
+    assert all(abs(float(noise.mean()) - 0.5) < 5 / (12 * len(noise)) ** 0.5 for noise in (m, v))
 
 
 def coded(m: Tensor, v: Tensor, seed: int = 0) -> tuple[dict[str, Tensor], Tensor, Tensor]:
