@@ -70,11 +70,14 @@ double sum_of_squares(const T* x, std::int64_t n) {
 
 // The formula, of numbers or of vectors of them.
 template <class F>
-FASTTRAIN_INLINE void advance(F& p, F grad, F& m, F& v, const Factors& f) {
+FASTTRAIN_INLINE void advance(F grad, F& m, F& v, const Factors& f) {
   grad = grad * f.multiplier;
   m = m + (grad - m) * f.weight1;
   v = v * f.beta2 + (grad * grad) * f.weight2;
-  p = p * f.decay - (m / (root(v) * f.inverse_root2 + f.eps)) * f.step_size;
+}
+template <class F>
+FASTTRAIN_INLINE F stepped(F p, F m, F root_v, const Factors& f) {
+  return p * f.decay - (m / (root_v * f.inverse_root2 + f.eps)) * f.step_size;
 }
 
 // `kEma` and `kZero` are compiled in: an element costs a few instructions, so a test would show.
@@ -86,14 +89,15 @@ FASTTRAIN_INLINE void update(P* __restrict p, P* __restrict g, float* __restrict
     float wide, moment1 = m[i], moment2 = v[i];
     if constexpr (std::is_same_v<P, MasteredBfloat16>) wide = join(p[i], remainder[i]);
     else wide = widen(p[i]);
-    advance(wide, widen(g[i]), moment1, moment2, f);
-    P stepped;
-    if constexpr (std::is_same_v<P, MasteredBfloat16>) remainder[i] = split(wide, stepped);
-    else stepped = narrow<P>(wide);
+    advance(widen(g[i]), moment1, moment2, f);
+    wide = stepped(wide, moment1, root(moment2), f);
+    P param;
+    if constexpr (std::is_same_v<P, MasteredBfloat16>) remainder[i] = split(wide, param);
+    else param = narrow<P>(wide);
     m[i] = moment1;
     v[i] = moment2;
-    p[i] = stepped;
-    if (kEma) e[i] = narrow<P>(widen(e[i]) + (widen(stepped) - widen(e[i])) * f.ema_weight);
+    p[i] = param;
+    if (kEma) e[i] = narrow<P>(widen(e[i]) + (widen(param) - widen(e[i])) * f.ema_weight);
     if (kZero) g[i] = narrow<P>(0.0f);
   }
 }
@@ -106,7 +110,7 @@ inline void run_block(const Factors& factors, const Philox& philox, std::int64_t
   constexpr bool kCoded = sizeof(M) == 1, kMaster = std::is_same_v<P, MasteredBfloat16>, kWide = sizeof(P) == 4;
   constexpr int kLanes = sizeof(Bits) / 4;
   const Factors f = factors;
-  alignas(64) float m[kBlock], v[kBlock], wide_p[kUnit], wide_g[kUnit];
+  alignas(64) float m[kBlock], v[kBlock], wide_p[kUnit], wide_g[kUnit], roots[kUnit];
   alignas(64) std::uint32_t random[kBlock / 2];
   Bits largest_m{}, largest_v{};
   std::uint32_t base_m = 0, base_v = 0;
@@ -133,7 +137,7 @@ inline void run_block(const Factors& factors, const Philox& philox, std::int64_t
     }
 #pragma GCC unroll 2
     for (int i = 0; i < kUnit; i += kLanes) {
-      Floats moment1, moment2, param = load<Floats>(unit_p + i);
+      Floats moment1, moment2;
       if constexpr (kCoded) {
         moment1 = decoded<127, kZeroCodes>(narrow_m + unit + i, base_m);
         moment2 = decoded<255, kZeroCodes>(narrow_v + unit + i, base_v);
@@ -141,8 +145,8 @@ inline void run_block(const Factors& factors, const Philox& philox, std::int64_t
         moment1 = reinterpret_cast<Floats>(widened(&narrow_m[unit + i].bits) << 16);
         moment2 = reinterpret_cast<Floats>(widened(&narrow_v[unit + i].bits) << 16);
       }
-      advance(param, load<Floats>(unit_g + i), moment1, moment2, f);
-      store(unit_p + i, param);
+      advance(load<Floats>(unit_g + i), moment1, moment2, f);
+      store(roots + i, root(moment2));
       store(m + unit + i, moment1);
       store(v + unit + i, moment2);
       if constexpr (kWide && kZero) store(unit_g + i, Floats{});
@@ -152,6 +156,10 @@ inline void run_block(const Factors& factors, const Philox& philox, std::int64_t
         largest_v = bits2 > largest_v ? bits2 : largest_v;
       }
     }
+    // Apart from the roots: both in one chain would be longer than a processor looks ahead, and it would wait.
+#pragma GCC unroll 2
+    for (int i = 0; i < kUnit; i += kLanes)
+      store(unit_p + i, stepped(load<Floats>(unit_p + i), load<Floats>(m + unit + i), load<Floats>(roots + i), f));
     for (int i = unit; i < unit + kUnit; ++i) {
       if constexpr (kMaster) remainder[i] = split(wide_p[i - unit], p[i]);
       else if constexpr (!kWide) p[i] = narrow<P>(wide_p[i - unit]);
