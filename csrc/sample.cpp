@@ -5,6 +5,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -38,6 +39,7 @@ using torch::stable::Tensor;
 
 constexpr std::int64_t kGroup = 256;
 constexpr std::int64_t kMostThreads = 16;  // that do one row
+constexpr std::int64_t kMostFew = 256;    // tokens that are compared each with all
 constexpr std::int64_t kSlack = 64;      // elements behind a list, for vectors are stored whole
 
 // Why a row has no distribution.
@@ -55,6 +57,13 @@ struct List {
   std::vector<float> x, w;
 };
 
+// What is left of a row where it is known token by token, in order of id.
+struct FewTokens {
+  std::int64_t count = 0;  // 0: it is not
+  std::array<std::uint32_t, kMostFew + 1> ids;
+  std::array<double, kMostFew + 1> weights;
+};
+
 struct Scratch {
   std::vector<float> maxima;                // (G,)
   std::vector<std::int32_t> live, segments;  // (G + 1,): groups that matter, and where each starts in the list
@@ -62,6 +71,7 @@ struct Scratch {
   std::vector<double> race_weights, quotients;
   List list, other, rest;                   // (V + slack,) logits and masses side by side
   std::vector<std::pair<float, float>> sorted;
+  FewTokens few;
 
   void reserve(std::int64_t n, std::int64_t groups) {
     if (static_cast<std::int64_t>(maxima.size()) >= groups) return;
@@ -98,6 +108,8 @@ class Crew {
       team.barrier();
     });
   }
+  // Within the work of run(): nobody goes on before everybody is here.
+  void meet() { team.barrier(); }
   // Within `leader`: work(i) for every i < size(), all of them at once.
   void run(const std::function<void(std::int64_t)>& work) {
     task = &work;
