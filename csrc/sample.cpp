@@ -40,6 +40,7 @@ using torch::stable::Tensor;
 constexpr std::int64_t kGroup = 256;
 constexpr std::int64_t kMostThreads = 16;  // that do one row
 constexpr std::int64_t kMostFew = 256;    // tokens that are compared each with all
+constexpr std::int64_t kPad = 16;        // elements of the longest vector
 constexpr std::int64_t kSlack = 64;      // elements behind a list, for vectors are stored whole
 
 // Why a row has no distribution.
@@ -65,27 +66,27 @@ struct FewTokens {
 };
 
 struct Scratch {
-  std::vector<float> maxima;                // (G,)
+  std::vector<float> maxima;                // (G + pad,)
   std::vector<std::int32_t> live, segments;  // (G + 1,): groups that matter, and where each starts in the list
-  std::vector<std::uint32_t> race_ids;      // (G + 16,)
+  std::vector<std::uint32_t> race_ids;      // (G + pad,)
   std::vector<double> race_weights, quotients;
-  List list, other, rest;                   // (V + slack,) logits and masses side by side
+  List list, other;                         // (V + slack,) logits and masses side by side
   std::vector<std::pair<float, float>> sorted;
   FewTokens few;
 
   void reserve(std::int64_t n, std::int64_t groups) {
-    if (static_cast<std::int64_t>(maxima.size()) >= groups) return;
-    maxima.resize(groups);
+    if (static_cast<std::int64_t>(maxima.size()) >= groups + kPad) return;
+    maxima.resize(groups + kPad);
     live.resize(groups + 1);
     segments.resize(groups + 1);
-    race_ids.resize(groups + 16);
-    race_weights.resize(groups + 16);
-    quotients.resize(std::max(groups, kGroup) + 16);
+    race_ids.resize(groups + kPad);
+    race_weights.resize(groups + kPad);
+    quotients.resize(std::max(groups, kGroup) + kPad);
   }
   void reserve_lists(std::int64_t n) {
     const std::size_t size = static_cast<std::size_t>(n + kMostThreads * kSlack);
     if (list.x.size() >= size) return;
-    for (List* each : {&list, &other, &rest}) {
+    for (List* each : {&list, &other}) {
       each->x.resize(size);
       each->w.resize(size);
     }

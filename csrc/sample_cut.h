@@ -18,132 +18,104 @@ std::int64_t sum_of(const float* ws, std::int64_t count) {
   return sum;
 }
 
-// About the logit above which, or up to which, a sample weighs `weight`, but not below `low`.
+// About the logit above which, or up to which, a sample weighs `weight`, but not below `low`. Four vectors behind the
+// sample are written.
 template <class V, bool above>
-float sample_quantile(const List& sample, std::int64_t sampled, float weight, float low, float high) {
+float sample_quantile(List& sample, std::int64_t sampled, float weight, float low, float high) {
+  for (int j = 0; j < 4; ++j) V::set(0).store(sample.w.data() + sampled + j * V::width);
   for (int step = 0; step < 12; ++step) {
     const float middle = static_cast<float>(0.5 * (double{low} + double{high}));
     const V at = V::set(middle);
-    V sum = V::set(0);
-    for (std::int64_t i = 0; i < sampled; i += V::width) {
-      const Mask larger = greater(V::load(sample.x.data() + i), at);
-      sum = sum + keep(above ? larger : opposite(larger), V::load(sample.w.data() + i));
-    }
-    (above == (sum.sum() >= weight) ? low : high) = middle;
+    V sum[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+    for (std::int64_t i = 0; i < sampled; i += 4 * V::width)
+      for (int j = 0; j < 4; ++j) {
+        const Mask larger = greater(V::load(sample.x.data() + i + j * V::width), at);
+        sum[j] = sum[j] + keep(above ? larger : opposite(larger), V::load(sample.w.data() + i + j * V::width));
+      }
+    const float reached = ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
+    (above == (reached >= weight) ? low : high) = middle;
   }
   return low;
 }
 
-// Looks for the cut among the listed tokens, which all have low < x <= high and weigh `list_weight`; nothing is sorted.
+// Three times the deviation that the share above a logit has in a sample, at most: of the sum of squared weights, which is
+// the square of `deviation` for a sample that weighs 1, the part above counts (1 - share)^2 fold and the rest share^2 fold.
+inline float sample_slack(float share, float deviation) { return 3 * std::sqrt(std::max(share, 1 - share) * (1 - share)) * deviation; }
+
+// Looks for the cut among the listed tokens, which all have low < x <= high; nothing is sorted.
 template <class V>
 class CutSearch {
  public:
-  CutSearch(Scratch& scratch, std::int64_t size, std::int64_t weight, float below, float top, float c)
-      : s(scratch), num_listed(size), list_weight(weight), low(below), high(top), scale(c) {}
+  CutSearch(Scratch& scratch, std::int64_t size, float below, float top, float c) : s(scratch), num_listed(size), low(below), high(top), scale(c) {}
 
   // The cut that leaves `need` tokens, or tokens up to the one that brings their mass to `need`. The list is not changed.
-  // Invariant: all of x, w have low < x <= high, and what is larger than high weighs `above` < need.
+  // The interval is halved around the cut, and after every few halvings, for weighing costs less than moving, what it
+  // still holds is moved together. What is larger than those in x, w weighs `beyond`, what is larger than high `above` < need.
   template <bool by_mass>
   Cut find(std::int64_t need) {
     const float *xs = s.list.x.data(), *ws = s.list.w.data();
-    List *from = nullptr, *to = &s.other;
-    std::int64_t size = num_listed, above = 0;
-    if (size > kMany) {
-      const Bracket bracket = by_mass ? bracket_cut<true>(need) : bracket_cut<false>(need);
-      if (bracket.found) {
-        low = bracket.low, high = bracket.high;
-        above = bracket.above, size = bracket.size;
-        from = &s.other, to = &s.rest;
-        xs = from->x.data(), ws = from->w.data();
+    std::int64_t size = num_listed, beyond = 0, above = 0;
+    bool divisible = true;
+    for (int step = 0; size > kFew && divisible;) {
+      for (int i = 0; i < kHalvings && divisible; ++i, ++step) {
+        float middle = static_cast<float>(0.5 * (double{low} + double{high}));
+        if (by_mass && step == 0) middle = std::min(middle, low + 2 / scale);  // the list ends close below the cut
+        if (step > 24) middle = middle_of_bits(low, high);  // logits that cluster around one value
+        divisible = middle > low && middle < high;
+        if (!divisible) break;
+        const std::int64_t heavier = beyond + weight_above<by_mass>(xs, ws, size, middle);
+        if (heavier >= need) low = middle;
+        else high = middle, above = heavier;
       }
+      size = move_inside<by_mass>(xs, ws, size);
+      xs = s.other.x.data(), ws = s.other.w.data();
+      beyond = above;
     }
-    for (int step = 0; size > kFew; ++step) {
-      float middle = static_cast<float>(0.5 * (double{low} + double{high}));
-      if (by_mass && step == 0) middle = std::min(middle, low + 2 / scale);  // the list ends close below the cut
-      if (step > 40) middle = middle_of_bits(low, high);  // logits that cluster around one value
-      if (!(middle > low && middle < high)) break;
-      List* rest = from == nullptr ? &s.rest : from;  // in place: it shrinks towards its start
-      std::int64_t up = 0, down = 0;
-      const std::int64_t heavier = by_mass ? partition<true>(xs, ws, size, middle, *to, *rest, up, down)
-                                           : partition<false>(xs, ws, size, middle, *to, *rest, up, down);
-      if (above + heavier >= need) {
-        low = middle;
-        from = to;
-        to = rest;
-        size = up;
-      } else {
-        high = middle;
-        above += heavier;
-        from = rest;
-        size = down;
-      }
-      xs = from->x.data();
-      ws = from->w.data();
-    }
-    return by_mass ? cut_of_sorted<true>(xs, ws, size, need - above) : cut_of_sorted<false>(xs, ws, size, need - above);
+    return cut_of_sorted<by_mass>(xs, ws, size, need - beyond);
   }
 
  private:
   Scratch& s;
-  const std::int64_t num_listed, list_weight;
+  const std::int64_t num_listed;
   float low, high;
   const float scale;
 
-  static constexpr std::int64_t kFew = 64, kMany = 1 << 14, kSample = 1 << 11;
+  static constexpr std::int64_t kFew = 64;
+  static constexpr int kHalvings = 3;
 
-  // A narrow interval (low, high] around the cut, guessed from a sample of the list and verified by one pass over it, which
-  // leaves the tokens inside in s.other. Not found where the sample's mass is that of a few tokens.
-  struct Bracket {
-    bool found;
-    float low, high;
-    std::int64_t above, size;  // what is larger than high weighs, and the tokens inside
-  };
-
+  // What the tokens with x > bound weigh, or how many they are.
   template <bool by_mass>
-  Bracket bracket_cut(std::int64_t need) {
-    const float *xs = s.list.x.data(), *ws = s.list.w.data();
-    float *sample_x = s.rest.x.data(), *sample_w = s.rest.w.data();
-    std::int64_t sampled = 0;
-    const std::int64_t stride = num_listed / kSample * V::width;
-    float weight = 0, square = 0;
-    for (std::int64_t i = 0; i + V::width <= num_listed; i += stride, sampled += V::width) {
-      V::load(xs + i).store(sample_x + sampled);
-      const V w = by_mass ? V::load(ws + i) * V::set(0x1p-40f) : V::set(1);
-      w.store(sample_w + sampled);
-      weight += w.sum();
-      square += (w * w).sum();
-    }
-    if (weight * weight < 400 * square) return {};
-    const float share = static_cast<float>(static_cast<double>(need) / static_cast<double>(by_mass ? list_weight : num_listed));
-    const float slack = 3 * std::sqrt(square) / weight;
-    const float from = sample_quantile<V, true>(s.rest, sampled, (share + slack) * weight, low, high);
-    const float to = sample_quantile<V, true>(s.rest, sampled, (share - slack) * weight, low, high);
-    const V vlow = V::set(from), vhigh = V::set(to);
-    float *to_x = s.other.x.data(), *to_w = s.other.w.data();
-    std::int64_t size = 0, above = 0, inside = 0;
-    for (std::int64_t begin = 0; begin < num_listed; begin += kExactSum) {
-      WideSum sum_above = WideSum::zero(), sum_inside = WideSum::zero();
-      const std::int64_t end = std::min(num_listed, begin + kExactSum);
+  static std::int64_t weight_above(const float* xs, const float* ws, std::int64_t size, float bound) {
+    const V at = V::set(bound);
+    std::int64_t weight = 0;
+    for (std::int64_t begin = 0; begin < size; begin += kExactSum) {
+      WideSum sum = WideSum::zero();
+      const std::int64_t end = std::min(size, begin + kExactSum);
       for (std::int64_t i = begin; i < end; i += V::width) {
-        const V a = load_n<V>(xs + i, end - i);
-        const Mask larger = greater(a, vhigh), between = both(greater(a, vlow), opposite(larger));
-        if constexpr (by_mass) {
-          const V w = load_n<V>(ws + i, end - i);
-          sum_above.add(keep(larger, w));
-          sum_inside.add(keep(between, w));
-          compress(between, w, to_w + size);
-        } else {
-          above += count(larger);
-        }
-        size += compress(between, a, to_x + size);
+        Mask larger = greater(V::load(xs + i), at);
+        if (i + V::width > end) larger = both(larger, lanes_below<V>(end - i));
+        if constexpr (by_mass) sum.add(keep(larger, V::load(ws + i)));
+        else weight += count(larger);
       }
-      if constexpr (by_mass) {
-        above += static_cast<std::int64_t>(sum_above.total());
-        inside += static_cast<std::int64_t>(sum_inside.total());
-      }
+      if constexpr (by_mass) weight += static_cast<std::int64_t>(sum.total());
     }
-    if constexpr (!by_mass) inside = size;
-    return {above < need && above + inside >= need, from, to, above, size};
+    return weight;
+  }
+
+  // Moves those with low < x <= high to s.other, where they may stand already: how many.
+  template <bool by_mass>
+  std::int64_t move_inside(const float* xs, const float* ws, std::int64_t size) {
+    const V vlow = V::set(low), vhigh = V::set(high);
+    float *to_x = s.other.x.data(), *to_w = s.other.w.data();
+    std::int64_t to = 0;
+    for (std::int64_t i = 0; i < size; i += V::width) {  // to <= i: what is overwritten has been read
+      const V a = V::load(xs + i);
+      Mask inside = both(greater(a, vlow), at_least(vhigh, a));
+      if (i + V::width > size) inside = both(inside, lanes_below<V>(size - i));
+      if (by_mass) compress(inside, V::load(ws + i), to_w + to);
+      to += compress(inside, a, to_x + to);
+    }
+    return to;
   }
 
   static float middle_of_bits(float low, float high) {
@@ -151,44 +123,6 @@ class CutSearch {
     const std::int64_t middle = (ordered(low) + ordered(high)) >> 1;
     const std::int32_t i = static_cast<std::int32_t>(middle < 0 ? std::numeric_limits<std::int32_t>::min() - middle : middle);
     return std::bit_cast<float>(i);
-  }
-
-  // Splits into x > middle and the rest, both in order, and returns what the former weigh.
-  template <bool by_mass>
-  static std::int64_t partition(const float* xs, const float* ws, std::int64_t size, float middle, List& above, List& below,
-                                std::int64_t& up, std::int64_t& down) {
-    const V at = V::set(middle);
-    float *above_x = above.x.data(), *above_w = above.w.data(), *below_x = below.x.data(), *below_w = below.w.data();
-    std::int64_t weight = 0;
-    for (std::int64_t begin = 0; begin < size; begin += kExactSum) {
-      WideSum sum = WideSum::zero();
-      const std::int64_t end = std::min(size, begin + kExactSum);
-      std::int64_t i = begin;
-      for (; i + V::width <= end; i += V::width) {
-        const V a = V::load(xs + i);
-        const Mask larger = greater(a, at), smaller = opposite(larger);
-        if constexpr (by_mass) {
-          const V w = V::load(ws + i);
-          sum.add(keep(larger, w));
-          compress(larger, w, above_w + up);
-          compress(smaller, w, below_w + down);
-        }
-        up += compress(larger, a, above_x + up);
-        down += compress(smaller, a, below_x + down);
-      }
-      double tail = 0;
-      for (; i < end; ++i) {
-        const float a = xs[i], w = by_mass ? ws[i] : 0.0f;
-        if (a > middle) {
-          above_x[up] = a, above_w[up++] = w;
-          tail += double{w};
-        } else {
-          below_x[down] = a, below_w[down++] = w;
-        }
-      }
-      if constexpr (by_mass) weight += static_cast<std::int64_t>(sum.total() + tail);
-    }
-    return by_mass ? weight : up;
   }
 
   // The end of the search among few tokens: each is compared with all, which is what vectors do well and sorting is not.

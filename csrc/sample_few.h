@@ -1,12 +1,5 @@
 // The order of a few tokens. Included as sample_rows.h says.
 
-// first, first + 1, ...
-template <class V>
-inline V lanes_from(float first) {
-  alignas(64) static constexpr float lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return V::load(lanes) + V::set(first);
-}
-
 // How many of x[begin, end) come before each token of a vector, by `before(one of them, its index)`.
 template <class V, class Before>
 inline V count_before(const float* x, std::int64_t begin, std::int64_t end, const Before& before) {

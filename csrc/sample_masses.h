@@ -35,6 +35,16 @@ inline V load_n(const T* p, std::int64_t n) {
   return n >= V::width ? V::load(p) : V::load_part(p, static_cast<int>(n), kMinusInfinity);
 }
 
+// first, first + 1, ...
+template <class V>
+inline V lanes_from(float first) {
+  alignas(64) static constexpr float lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return V::load(lanes) + V::set(first);
+}
+// The first `count` lanes, or all.
+template <class V>
+inline Mask lanes_below(std::int64_t count) { return greater(V::set(static_cast<float>(count)), lanes_from<V>(0)); }
+
 template <class V, class T>
 inline void load_in_step(const T* p, std::int64_t n, V (&x)[kInStep]) {
   for (int i = 0; i < kInStep; ++i) {

@@ -22,6 +22,7 @@ class Row {
     n = size;
     num_groups = (n + kGroup - 1) / kGroup;
     s.reserve(n, num_groups);
+    std::fill_n(s.maxima.begin() + num_groups, kPad, kMinusInfinity);
     scale = parameters.scale;
     min_mass = parameters.min_mass;
     listed = false;
@@ -175,6 +176,10 @@ class Row {
   }
   float lowest_logit_of_mass(double mass) const { return lowest_logit_of_mass(mass, largest, scale); }
 
+  void prefetch_group(std::int64_t group) const {
+    for (std::int64_t i = group * kGroup, last = group_end(group); i < last; i += 64 / sizeof(T)) __builtin_prefetch(x + i);
+  }
+
   // Lists the tokens of the groups [begin, end) with x >= bound, in order of id, and where in its group each stands.
   template <bool with_places>
   void gather_part(std::int64_t part, std::int64_t begin, std::int64_t end, float bound) {
@@ -186,6 +191,7 @@ class Row {
       const std::int64_t start = s.live[place] * kGroup, last = group_end(s.live[place]);
       s.segments[place] = static_cast<std::int32_t>(at);
       s.race_weights[place] = 0;
+      if (place + 1 < begin + num_live) prefetch_group(s.live[place + 1]);
       for (std::int64_t i = start; i < last; i += kInStep * V::width) {
         V a[kInStep];
         load_in_step(x + i, last - i, a);
@@ -268,19 +274,18 @@ class Row {
       mass(V::set(cut.x)).store(w);
       total -= (cut.equal - cut.kept) * static_cast<std::int64_t>(w[0]);
     }
-    list_weight = total;
   }
 
-  CutSearch<V> search_list() { return {s, num_listed, list_weight, std::nextafter(list_bound, kMinusInfinity), list_top, scale}; }
+  CutSearch<V> search_list() { return {s, num_listed, std::nextafter(list_bound, kMinusInfinity), list_top, scale}; }
 
-  // A value that at least k of these reach, and not many more; `low` if they are not that many.
+  // A value that at least k of these reach, and not many more; `low` if they are not that many. -inf fills the last vector.
   static float bound_of_leading(const float* values, std::int64_t size, float low, float high, std::int64_t k) {
     for (int step = 0; step < 20; ++step) {
       const float middle = static_cast<float>(0.5 * (double{low} + double{high}));
       if (!(middle > low && middle < high)) break;
       const V at = V::set(middle);
       std::int64_t reached = 0;
-      for (std::int64_t i = 0; i < size; i += V::width) reached += count(at_least(load_n<V>(values + i, size - i), at));
+      for (std::int64_t i = 0; i < size; i += V::width) reached += count(at_least(V::load(values + i), at));
       (reached >= k ? low : high) = middle;
       if (reached >= k && reached <= k + k / 4) break;
     }
@@ -297,8 +302,8 @@ class Row {
       const std::int64_t end = s.segments[place + 1];
       s.segments[place] = static_cast<std::int32_t>(to);
       for (std::int64_t i = begin; i < end; i += V::width) {  // to <= i: what is overwritten has been read
-        const V a = load_n<V>(xs + i, end - i);
-        const Mask stays = at_least(a, at_cut);
+        const V a = V::load(xs + i);
+        const Mask stays = both(at_least(a, at_cut), lanes_below<V>(end - i));
         if (to + V::width <= end) {
           to += compress(stays, a, xs + to);
           continue;
@@ -395,7 +400,7 @@ class Row {
     double sum = 0;
     for (std::int64_t group = 0; group < num_groups; group += V::width) {
       WideSum part = WideSum::zero();
-      part.add(mass(load_n<V>(s.maxima.data() + group, num_groups - group)));
+      part.add(mass(V::load(s.maxima.data() + group)));
       sum += part.total();
     }
     return sum;
@@ -408,7 +413,7 @@ class Row {
   Span likely_span(double p, double least, float low) {
     s.reserve_lists(n);
     const MassOf<V> mass(largest, scale);
-    float *sample_x = s.rest.x.data(), *sample_w = s.rest.w.data();
+    float *sample_x = s.other.x.data(), *sample_w = s.other.w.data();
     std::int64_t sampled = 0, larger = 0;
     V others = V::set(0), all = V::set(0), squares = V::set(0);
     for (std::int64_t i = 0; i + V::width <= n; i += std::max<std::int64_t>(1, num_groups / 200) * kGroup, sampled += V::width) {
@@ -423,13 +428,13 @@ class Row {
     if (16 * larger < sampled) return {low, largest};
     const float weight = all.sum(), deviation = std::sqrt(squares.sum()) / weight;
     if (deviation < 0.05f && min_mass <= 1) {  // a min-p would have to be asked of every token above the span
-      const float share = static_cast<float>(p), slack = 3 * std::sqrt(std::max(share, 1 - share) * (1 - share)) * deviation;
-      const float from = sample_quantile<V, true>(s.rest, sampled, (share + slack) * weight, low, largest);
-      return {from, share > slack ? sample_quantile<V, true>(s.rest, sampled, (share - slack) * weight, low, largest) : largest};
+      const float share = static_cast<float>(p), slack = sample_slack(share, deviation);
+      const float from = sample_quantile<V, true>(s.other, sampled, (share + slack) * weight, low, largest);
+      return {from, share > slack ? sample_quantile<V, true>(s.other, sampled, (share - slack) * weight, low, largest) : largest};
     }
     const double each = static_cast<double>(n) / static_cast<double>(sampled);
     const double dropped = 0.7 * (1 - p) * (least * 0x1p-40 + others.sum() * each);
-    return {sample_quantile<V, false>(s.rest, sampled, static_cast<float>(dropped / each), low, largest), largest};
+    return {sample_quantile<V, false>(s.other, sampled, static_cast<float>(dropped / each), low, largest), largest};
   }
 
   // Of the tokens equal to the cut only the first `kept` stay: the group and the id of the last of them.
@@ -484,8 +489,8 @@ class Row {
     const bool ties_stay = s.live[place] < tie_group;
     WideSum sum = WideSum::zero();
     for (std::int64_t i = s.segments[place], end = s.segments[place + 1]; i < end; i += V::width) {
-      const V a = load_n<V>(xs + i, end - i), w = load_n<V>(ws + i, end - i);
-      const Mask beyond = ties_stay ? at_least(a, vcut) : greater(a, vcut);
+      const V a = V::load(xs + i), w = V::load(ws + i);
+      const Mask beyond = both(ties_stay ? at_least(a, vcut) : greater(a, vcut), lanes_below<V>(end - i));
       sum.add(keep(both(beyond, at_least(w, vmin)), w));
     }
     return sum.total();
