@@ -10,7 +10,8 @@ struct MassOf {
   MassOf(float max, float c) : largest(V::set(max)), scale(V::set(c)) {}
   // Several vectors in step: one alone is a chain of twenty dependent operations.
   template <int count>
-  void replace(V (&x)[count]) const {
+  // Several vectors in step: one alone is a chain of twenty dependent operations. Inline, or they go through memory.
+  [[gnu::always_inline]] void replace(V (&x)[count]) const {
     constexpr float coefficients[] = {0.0013398875f, 0.009618437f, 0.055503324f, 0.24022648f, 0.6931472f, 1.0f};
     V n[count], p[count];
     for (int i = 0; i < count; ++i) x[i] = V::max((x[i] - largest) * scale, V::set(-100.0f));
@@ -46,11 +47,13 @@ template <class V>
 inline Mask lanes_below(std::int64_t count) { return greater(V::set(static_cast<float>(count)), lanes_from<V>(0)); }
 
 template <class V, class T>
-inline void load_in_step(const T* p, std::int64_t n, V (&x)[kInStep]) {
-  for (int i = 0; i < kInStep; ++i) {
-    if (n >= (i + 1) * V::width) x[i] = V::load(p + i * V::width);
-    else x[i] = n > i * V::width ? load_n<V>(p + i * V::width, n - i * V::width) : V::set(kMinusInfinity);
-  }
+[[gnu::noinline]] void load_rest(const T* p, std::int64_t n, V (&x)[kInStep]) {
+  for (int i = 0; i < kInStep; ++i) x[i] = n > i * V::width ? load_n<V>(p + i * V::width, n - i * V::width) : V::set(kMinusInfinity);
+}
+template <class V, class T>
+[[gnu::always_inline]] inline void load_in_step(const T* p, std::int64_t n, V (&x)[kInStep]) {
+  if (n < kInStep * V::width) return load_rest<V>(p, n, x);
+  for (int i = 0; i < kInStep; ++i) x[i] = V::load(p + i * V::width);
 }
 
 // The maximum of every group and of them all; NaN if one holds one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,70 @@ def test_several_threads_at_one_row_draw_the_reference_s_token(name: str, isa: s
             torch.set_num_threads(threads)
             got = ops.sample(row, seed=3, impl="cpp", return_logprobs=True, **options)
             assert all(torch.equal(a, b) for a, b in zip(got, wanted)), (options, threads)
+
+
+def flat_row(name: str) -> Tensor:
+    """(1, LONG), its mass spread over so many tokens that a sample of them tells where top-p cuts; mostly."""
+    row = torch.randn(1, LONG, generator=torch.Generator().manual_seed(4)) * 0.3
+    first = torch.arange(LONG) % 256 < 8  # of these the sample is made
+    if name == "few values":
+        row.mul_(8).round_().div_(8)
+    elif name == "one value":
+        row.fill_(-0.0)[0, ::2] = 0.0
+    elif name == "two values, the larger rare":
+        row = torch.where(row > 0.9, 1.0, 0.0)
+    elif name == "masked":
+        row[torch.rand(1, LONG, generator=torch.Generator().manual_seed(5)) < 0.7] = -math.inf
+        row[:, : LONG // 3] = -math.inf
+    elif name == "sample is light":
+        row[:, first] -= 0.5
+    elif name == "sample is heavy":
+        row[:, first] += 0.5
+    elif name == "bfloat16":
+        row = row.bfloat16()
+    return row
+
+
+FLAT_ROWS = ["normal", "few values", "one value", "two values, the larger rare", "masked", "sample is light",
+             "sample is heavy", "bfloat16"]  # fmt: skip
+SHARES = (1e-9, 0.003, 0.2, 0.5, 0.9, 0.97, 0.9999, 1 - 2.0**-24)
+
+
+@functools.cache
+def wanted_of_flat(name: str, options: tuple[tuple[str, float], ...]) -> tuple[Tensor, Tensor]:
+    return ops.sample(flat_row(name), seed=9, impl="reference", return_logprobs=True, **dict(options))  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize("name", FLAT_ROWS)
+def test_top_p_cuts_a_flat_row_where_the_reference_does(name: str, isa: str) -> None:
+    """The log-probability tells the survivors' total, so that one token more or less shows."""
+    row = flat_row(name)
+    tried: list[dict[str, Any]] = [{"top_p": p} for p in SHARES]
+    tried += [{"top_p": 0.9, "min_p": 0.3}, {"top_p": 0.6, "top_k": 90_000}, {"top_p": 0.9, "temperature": 30.0}]
+    for options in tried:
+        wanted = wanted_of_flat(name, tuple(options.items()))
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            got = ops.sample(row, seed=9, impl="cpp", return_logprobs=True, **options)
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted)), (options, threads)
+
+
+@pytest.mark.parametrize("V", [300, 5000, LONG])
+@pytest.mark.parametrize("ties", [3, 200, 256, 257, 290])
+def test_a_small_top_k_counts_ties_by_id(V: int, ties: int, isa: str) -> None:
+    """As many tokens share the largest logit, the others the next: each k ends among the former or among the latter."""
+    generator = torch.Generator().manual_seed(V + ties)
+    row = torch.full((1, V), -1.5)
+    row[0, torch.randperm(V, generator=generator)[:ties]] = 0.25
+    row[0, torch.randperm(V, generator=generator)[: V // 5]] = -math.inf
+    tried: list[dict[str, Any]] = [{"top_k": k} for k in (2, 50, 127, 128, 129, 256)]
+    tried += [{"top_k": 50, "top_p": p} for p in (1e-9, 0.5, 0.9, 1 - 2.0**-24)] + [{"top_k": 128, "min_p": 0.2}]
+    threads = (1, 3) if V == LONG else (1,)
+    for options in tried:
+        for count in threads:
+            torch.set_num_threads(count)
+            assert_equal_to_the_reference("cpp", row.expand(8, -1), seed=torch.arange(8), **options)
+            assert_equal_to_the_reference("cpp", row, seed=11, **options)
 
 
 def test_several_threads_at_one_row_find_what_is_not_finite() -> None:
