@@ -8,33 +8,21 @@ from bench.gate_cross_entropy import ELEMENT_SIZES
 from bench.gate_subject import Subject, counted
 from tests.triton_gate import Compiled, compile_for
 
-_LONG = (
-    "top_ks",
-    "bound_keys",
-    "bound_masses",
-    "min_masses",
-    "group_masses",
-    "list_ranks",
-    "list_masses",
-    "cuts",
-    "survivor_masses",
-    "seeds",
-    "positions",
-    "tokens",
-)
+_LONG = ("top_ks", "min_masses", "cuts", "survivor_masses", "totals", "seeds", "positions", "tokens")
+_FLOAT = ("maxima", "shares", "largest_logits", "scales", "logprobs", "bounds")
 _SAMPLE_SIGNATURE = {
-    "maxima": "*fp32",
-    "largest_logits": "*fp32",
-    "scales": "*fp32",
-    "logprobs": "*fp32",
     "top_ps": "*fp64",
+    "estimates": "*fp64",
     "num_listed": "*i32",
+    "entries": "*u64",
     "row_stride": "i64",
     "V": "i32",
     "G": "i32",
+    "per_program": "i32",
+    **dict.fromkeys(_FLOAT, "*fp32"),
     **dict.fromkeys(_LONG, "*i64"),
 }
-NO_LIST = dict.fromkeys(("bound_keys", "bound_masses", "num_listed", "list_ranks", "list_masses"))
+NO_FILTER = dict.fromkeys(("cuts", "survivor_masses", "totals"))
 SAMPLE_RUN = (2, 32768)
 
 
@@ -76,43 +64,36 @@ def _run_sample(dtype: str, **options: Any) -> None:
     kernels.sample(logits, *row, filtered=bool(options), num_groups=None if options else 16)
 
 
+def _pass(dtype: str, name: str, constexprs: dict[str, Any], results: int, **rest: Any) -> Subject:
+    """A pass over all logits; `results`: values of 4 bytes that it stores for each group of 256."""
+    B, V = SAMPLE_RUN
+    size = ELEMENT_SIZES[dtype]
+    loads = 16 * 256 * size / (128 * 16)  # of each of 128 threads, if all move 128 bits
+    return Subject(
+        f"sample {dtype}, {name.strip('_').removesuffix('_kernel')}",
+        name,
+        unit="logit",
+        compile=lambda t, a: compile_sample(name, dtype, t, aligned=a, GROUPS=16, **constexprs),
+        run=counted(lambda: _run_sample(dtype)),
+        units=B * V,
+        minimum=size + results * 4 / 256,
+        modelled=16 * 128256,
+        wide_share=loads / (loads + results),
+        extra_bytes=0.03,
+        **rest,
+    )
+
+
 def subjects() -> list[Subject]:
     B, V = SAMPLE_RUN
     found = []
-    for dtype, size in (("fp32", 4), ("bf16", 2)):
-        loads = 16 * 256 * size / (128 * 16)  # of each of 128 threads, if all move 128 bits; then a result for a group
-        common: dict[str, Any] = {
-            "unit": "logit",
-            "units": B * V,
-            "modelled": 16 * 128256,
-            "wide_share": loads / (loads + 1),
-            "extra_bytes": 0.03,
-        }
-        found.append(
-            Subject(
-                f"sample {dtype}, maxima",
-                "_maxima_kernel",
-                compile=lambda t, a, dtype=dtype: compile_sample("_maxima_kernel", dtype, t, aligned=a, GROUPS=16),
-                run=counted(lambda dtype=dtype: _run_sample(dtype)),
-                minimum=size + 4 / 256,
-                **common,
-            )
-        )
-        found.append(
-            Subject(
-                f"sample {dtype}, masses",
-                "_masses_kernel",
-                compile=lambda t, a, dtype=dtype: compile_sample(
-                    "_masses_kernel", dtype, t, aligned=a, GROUPS=16, FILTERED=False, **NO_LIST
-                ),
-                run=counted(lambda dtype=dtype: _run_sample(dtype)),
-                minimum=size + 8 / 256,
-                from_cache=True,
-                # exact masses from a polynomial, 64-bit shifts and sums: what does not depend on the launch shape
-                issue={4: 1.4, 2: 2.8}[size],
-                **common,
-            )
-        )
+    for dtype in ("fp32", "bf16"):
+        # Without filters or log-probabilities the only pass; the exact masses that log-probabilities need come from a
+        # polynomial, 64-bit shifts and sums, of logits that the first pass left in the cache.
+        found.append(_pass(dtype, "_groups_kernel", {}, 2))
+        issue = {"fp32": 1.1, "bf16": 2.0}[dtype]
+        without: dict[str, Any] = {"FILTERED": False, "cuts": None}
+        found.append(_pass(dtype, "_totals_kernel", without, 0, from_cache=True, issue=issue))
     small: dict[str, Any] = {
         "unit": "logit",
         "units": B * V,
@@ -120,11 +101,13 @@ def subjects() -> list[Subject]:
         "wide_share": 0.0,
         "run": counted(lambda: _run_sample("fp32", top_k=50)),
     }
-    # of groups: a maximum; what the few tokens on the list take; a mass, and the drawn group's logits
+    # of groups: a maximum and a share; the groups that hold one of the 50, and 8 bytes for each token that can be; what
+    # the few tokens on the list take; a mass too, and the drawn group's logits
     for name, minimum, most, constexprs in (
-        ("_bounds_kernel", 4 / 256, 0.02, {"PADDED_G": 512, "FILTERED": True}),
-        ("_cuts_kernel", 0.0, 1.0, {"PADDED_G": 512, "BLOCK": 1024, "num_warps": 16}),
-        ("_draw_kernel", 8 / 256 + 1024 / V, 0.07, {"PADDED_G": 512, "FILTERED": True}),
+        ("_bounds_kernel", 8 / 256, 0.035, {"PADDED_G": 512, "FILTERED": True}),
+        ("_list_kernel", 4 * 50 * 256 / V, 1.8, {"num_warps": 1}),
+        ("_cuts_kernel", 0.0, 1.0, {"BLOCK": 1024, "num_warps": 16}),
+        ("_draw_kernel", 16 / 256 + 1024 / V, 0.1, {"PADDED_G": 512, "FILTERED": True, "LOGPROBS": True}),
     ):
         found.append(
             Subject(
@@ -139,14 +122,4 @@ def subjects() -> list[Subject]:
                 **small,
             )
         )
-    found.append(
-        Subject(
-            "sample fp32, masses and list",
-            "_masses_kernel",
-            compile=lambda t, a: compile_sample("_masses_kernel", "fp32", t, aligned=a, GROUPS=4, FILTERED=True),
-            minimum=4 + 8 / 256,
-            extra_bytes=0.1,
-            **small,
-        )
-    )
     return found

@@ -40,6 +40,7 @@ Shapes: B rows, V tokens, G = ceil(V / 256) groups.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Any, Literal, overload
@@ -141,14 +142,16 @@ def sample(
     given = dict(zip(_NAMES, (temperature, top_k, top_p, min_p, seed, position)))
     chosen = resolve("sample", impl, logits)
     if chosen == "reference":
-        tokens, logprobs = sample_reference(logits.detach(), row_parameters(logits.size(0), logits.device, given))
+        drawn = sample_reference(logits.detach(), row_parameters(logits.size(0), logits.device, given))
     else:
         interpreted = chosen == "triton" and logits.device.type == "cpu"
-        tokens, logprobs = _run(logits, given, "fasttrain_interpreted" if interpreted else "fasttrain")
-    return (tokens, logprobs) if return_logprobs else tokens
+        # The Triton kernels have a pass to save where nobody asks for log-probabilities.
+        name = "sample_rows" if chosen == "cpp" or return_logprobs else "sample_tokens"
+        drawn = _run(logits, given, "fasttrain_interpreted" if interpreted else "fasttrain", name)
+    return drawn if return_logprobs else drawn[0]
 
 
-def _run(logits: Tensor, given: dict[str, Any], namespace: str) -> tuple[Tensor, Tensor]:
+def _run(logits: Tensor, given: dict[str, Any], namespace: str, name: str) -> tuple[Tensor, Tensor]:
     """The compiled kernels. They check their arguments, faster than it is done here; this finds out what is wrong."""
     if logits.requires_grad:
         logits = logits.detach()
@@ -161,7 +164,7 @@ def _run(logits: Tensor, given: dict[str, Any], namespace: str) -> tuple[Tensor,
         logits = logits.contiguous()
     try:
         numbers, tensors = _kernel_arguments(logits, given)
-        return getattr(torch.ops, namespace).sample_rows(logits, *numbers, *tensors)  # type: ignore[no-any-return]
+        return getattr(getattr(torch.ops, namespace), name)(logits, *numbers, *tensors)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, OverflowError):
         row_parameters(logits.size(0), logits.device, given)
         check_rows(logits.float(), 0)
@@ -337,19 +340,21 @@ _NUMBERS = "Tensor logits, float temperature, int top_k, float top_p, float min_
 _ROWS = "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seeds, Tensor? positions"
 
 
-def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.size(0), dtype=torch.int64), logits.new_empty(logits.size(0), dtype=torch.float32)
+def _fake(logits: Tensor, *_: Any, return_logprobs: bool = True) -> tuple[Tensor, Tensor]:
+    rows = logits.size(0)
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows * return_logprobs, dtype=torch.float32)
 
 
-def _launch(logits: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+def _launch(logits: Tensor, *values: Any, return_logprobs: bool = True) -> tuple[Tensor, Tensor]:
     from ..kernels import sample as kernels  # triton is imported by the first call that needs it
 
     numbers, tensors = values[:6], values[6:] or (None,) * 6
     given = {name: n if t is None else t for name, n, t in zip(_NAMES, numbers, tensors)}
     parameters = row_parameters(logits.size(0), logits.device, given)
-    temperature, top_k, top_p = numbers[:3]
-    filtered = temperature == 0 or top_k > 0 or top_p < 1 or any(tensor is not None for tensor in tensors[:3])
-    tokens, logprobs = kernels.sample(logits, *parameters, filtered=filtered)
+    temperature, top_k, top_p, min_p = numbers[:4]
+    is_on = temperature == 0 or top_k > 0 or top_p < 1 or min_p > 0
+    filtered = is_on or any(tensor is not None for tensor in tensors[:4])
+    tokens, logprobs = kernels.sample(logits, *parameters, filtered=filtered, return_logprobs=return_logprobs)
     if bool((tokens < 0).any()):  # waits for the device: a token that is none must not be used
         check_rows(logits.float(), 0)
     return tokens, logprobs
@@ -360,9 +365,12 @@ def _register(namespace: str, triton_device: str) -> Any:
     library.define(f"sample({_NUMBERS}) -> (Tensor, Tensor)")
     # A parameter given as a tensor (B,), float32 or int64, takes the place of the number.
     library.define(f"sample_rows({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
-    for name in ("sample", "sample_rows"):
-        torch.library.register_fake(f"{namespace}::{name}", _fake, lib=library)
-        library.impl(name, _launch, triton_device)
+    # The same without log-probabilities, which come back empty.
+    library.define(f"sample_tokens({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
+    for name, logprobs in (("sample", True), ("sample_rows", True), ("sample_tokens", False)):
+        fake, launch = (functools.partial(f, return_logprobs=logprobs) for f in (_fake, _launch))
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        library.impl(name, launch, triton_device)
     return library
 
 

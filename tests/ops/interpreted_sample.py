@@ -7,17 +7,21 @@ Not collected by name: `test_sample_triton.py` runs this file in a process with 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from sample_problems import DTYPES, assert_equal_to_the_reference, compare_random_rows
+from torch import Tensor
 from triton_gate import count_bytes
 
 from fasttrain import ops
 from fasttrain.kernels import sample as kernels
 from fasttrain.ops._row_parameters import RowParameters, row_parameters
-from fasttrain.ops.sample import sample_reference
+from fasttrain.ops.sample import log2, open_uniform, philox_4x32_10, sample_reference, token_masses
 
 # numpy remarks on what float32 does by itself: -inf for a far token, NaN in a row that is about to be refused.
 pytestmark = [
@@ -33,8 +37,8 @@ def parameters(batch: int, **options: Any) -> RowParameters:
     return row_parameters(batch, torch.device("cpu"), NOTHING | options)
 
 
-def test_a_hundred_random_rows() -> None:
-    compare_random_rows("triton", 0, 100, longest=1000)
+def test_seventy_random_rows() -> None:
+    compare_random_rows("triton", 0, 70, longest=1000)
 
 
 @pytest.mark.slow
@@ -53,34 +57,159 @@ def test_rows_that_span_programs_and_lists_that_span_blocks(options: dict[str, A
 def test_the_launch_shape_changes_nothing(options: dict[str, Any]) -> None:
     x = (torch.randn(2, 1100, generator=torch.Generator().manual_seed(1)) * 2).round(decimals=1)  # ties
     want = sample_reference(x, parameters(2, **options))
-    for num_groups in (1, 2, 8):
+    for num_groups in (1, 8):
         got = kernels.sample(x, *parameters(2, **options), num_groups=num_groups)
         assert all(torch.equal(a, b) for a, b in zip(want, got))
+    tokens, nothing = kernels.sample(x, *parameters(2, **options), return_logprobs=False)
+    assert torch.equal(tokens, want[0]) and nothing.numel() == 0
 
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
-def test_logits_are_read_twice_and_the_drawn_group_once_more(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("return_logprobs", [False, True])
+def test_logits_are_read_once_and_of_filtered_rows_once_more(return_logprobs: bool, options: dict[str, Any]) -> None:
     """Also: no access outside a tensor, no element written by one program and touched by another."""
     B, V = 2, 3001
     padded = torch.full((B, V + 300), math.nan)
-    padded[:, :V] = torch.randn(B, V)
-    filtered = bool({"top_k", "top_p", "temperature"} & options.keys())
+    padded[:, :V] = torch.randn(B, V, generator=torch.Generator().manual_seed(0)) * 3
+    row = parameters(B, **options)
     with count_bytes() as traffic:
-        kernels.sample(padded[:, :V], *parameters(B, **options), filtered=filtered)
-    assert 2 * B * V * 4 < traffic.loaded["logits"] <= B * (2 * V + 256) * 4
-    small = 12 * B * -(-V // 256)  # values per group of 256
-    if not filtered:
-        assert traffic.total - traffic.loaded["logits"] <= 8 * small
-        assert set(traffic.launches) == {"_maxima_kernel", "_bounds_kernel", "_masses_kernel", "_draw_kernel"}
+        kernels.sample(padded[:, :V], *row, filtered=bool(options), return_logprobs=return_logprobs)
+    reads = 2 if options or return_logprobs else 1
+    assert B * V * 4 < traffic.loaded["logits"] <= B * (reads * V + 256) * 4
+    if not options:
+        passes = ["_bounds_kernel", "_totals_kernel"] if return_logprobs else []
+        assert traffic.launches == ["_groups_kernel", *passes, "_draw_kernel"]
+        small = B * -(-V // 256)  # values per group of 256
+        assert traffic.total - traffic.loaded["logits"] <= 8 * 4 * small
     elif options.get("top_k") == 5 or "temperature" in options:
-        assert traffic.stored["list_ranks"] <= 8 * B * 10  # of 3001 tokens only those that can be among the first 5
+        assert traffic.stored["entries"] <= 8 * B * 10  # of 3001 tokens only those that can be among the first 5
+        assert traffic.loaded["logits"] <= B * (V + 6 * 256) * 4 + B * (V * return_logprobs) * 4
+
+
+def test_of_a_vocabulary_cut_by_count_a_tenth_is_read_again() -> None:
+    """The bound on instructions per logit in test_sample_triton.py counts on it."""
+    V, k = 128256, 50
+    x = torch.randn(1, V, generator=torch.Generator().manual_seed(0))
+    with count_bytes() as traffic:
+        kernels.sample(x, *parameters(1, top_k=k), num_groups=16)
+    assert traffic.by_kernel["_list_kernel"] - traffic.stored["entries"] <= (k * 256 + V / 256 * 2) * 4
+
+
+def test_tokens_alone_are_drawn_where_nobody_asks_for_log_probabilities() -> None:
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(4))
+    with count_bytes() as traffic:
+        tokens = ops.sample(x, seed=2, impl="triton")
+    assert traffic.launches == ["_groups_kernel", "_draw_kernel"]
+    assert torch.equal(tokens, ops.sample(x, seed=2, impl="reference"))
 
 
 def test_promising_no_filter_saves_kernels_and_changes_nothing() -> None:
     x = torch.randn(4, 900)
-    row = parameters(4, min_p=0.1, temperature=0.7)
+    row = parameters(4, temperature=0.7)
     with_, without = kernels.sample(x, *row, filtered=True), kernels.sample(x, *row, filtered=False)
     assert all(torch.equal(a, b) for a, b in zip(with_, without))
+
+
+# --- The estimated masses, and the draws that they must not decide
+
+
+@triton.jit
+def estimates_kernel(shares, maxima, largest_logits, scales, estimates, G: tl.constexpr):
+    row = tl.program_id(0)
+    at = row * G + tl.arange(0, G)
+    largest, scale = tl.load(largest_logits + row), tl.load(scales + row)
+    tl.store(estimates + at, kernels._estimate(tl.load(shares + at), tl.load(maxima + at), largest, scale))
+
+
+def assert_estimates_hold(x: Tensor, temperature: float) -> None:
+    B, G = x.size(0), x.size(1) // 256
+    scale = parameters(B, temperature=temperature).scale.contiguous()
+    maxima, shares = torch.empty(2, B, G).unbind()
+    kernels._groups_kernel[(B, 1)](x, scale, maxima, shares, x.stride(0), x.size(1), G, GROUPS=G)
+    largest = x.float().amax(1)
+    got = torch.empty(B, G, dtype=torch.float64)
+    estimates_kernel[(B,)](shares, maxima, largest, scale, got, G=G)
+    exact = token_masses(x.float(), largest[:, None], scale).view(B, G, 256).sum(2).double()
+    assert torch.equal(maxima, x.float().view(B, G, 256).amax(2))
+    assert bool(((got - exact).abs() <= got * kernels.ERROR.value + 256).all())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-6, 1e-30, 3.0, 50.0, 1e30])
+def test_an_estimated_mass_is_as_near_to_the_exact_one_as_the_draw_takes_it_to_be(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    rows = [torch.randn(4096, generator=generator) * s for s in (0.0, 1e-30, 1e-3, 0.3, 3.0, 10.0, 40.0, 1e4, 1e30)]
+    rows += [rows[4] + offset for offset in (1e3, -3e4, 1e30)]
+    far = torch.rand(4096, generator=generator) - 28.5  # near the least masses that are not 0
+    far[7] = 0
+    steps = torch.linspace(-29, 0, 4096)  # a group's tokens alike, every size of group
+    rows += [far, steps, steps.flip(0), steps.view(256, 16).t().reshape(-1), far.clone(), steps.clone()]
+    rows[-2][300:] = -math.inf
+    rows[-1][::3] = -math.inf
+    x = torch.stack(rows)
+    for dtype in DTYPES:
+        assert_estimates_hold(x.to(dtype).clamp(max=torch.finfo(dtype).max), temperature)
+
+
+class Disturbed:
+    """`_groups_kernel`, whose shares then move up and down, as another device's exp2 and order of sums could move them.
+    Up in half of the rows, or of each row's groups."""
+
+    amount = 1.3e-5  # with what rounding did here it stays below the claimed error, 1.53e-5
+
+    def __init__(self, by: str) -> None:
+        self.kernel, self.dim = kernels._groups_kernel, {"row": 0, "group": 1}[by]
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        def launch(logits: Tensor, scales: Tensor, maxima: Tensor, shares: Tensor, *rest: Any, **options: Any) -> None:
+            self.kernel[grid](logits, scales, maxima, shares, *rest, **options)
+            sign = 1 - 2 * (torch.arange(shares.size(self.dim)) % 2)
+            factor = 1 + self.amount * (sign[:, None] if self.dim == 0 else sign).double()
+            shares.copy_(shares.double() * factor)
+
+        return launch
+
+
+def nearly_tied(B: int, V: int) -> tuple[Tensor, Tensor]:
+    """Rows in which the quotients of the first two groups differ by up to 1e-5 of themselves, and their seeds."""
+    seed, G = torch.arange(B), V // 256
+    x = torch.randn(B, V, generator=torch.Generator().manual_seed(8)) * 2
+    masses = token_masses(x, x.amax(1, keepdim=True), parameters(B).scale).view(B, G, 256).sum(2)
+    zero = torch.zeros(B, 1, dtype=torch.int64)
+    r0, r1, _, _ = philox_4x32_10((torch.arange(G), zero + 1, zero + 5, zero), (seed[:, None], zero))
+    quotients = -log2(open_uniform(r0, r1)) / masses
+    (best, second), group = quotients.topk(2, largest=False).values.T, quotients.argsort(1)[:, 1]
+    wanted = best * (1 + torch.linspace(-1e-5, 1e-5, B, dtype=torch.float64))
+    shift = torch.zeros(B, G, dtype=torch.float64).scatter_(1, group[:, None], (second / wanted).log()[:, None])
+    return (x.double() + shift.repeat_interleave(256, 1)).float(), seed
+
+
+def test_a_near_tie_of_groups_is_decided_by_their_exact_masses(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seed = nearly_tied(24, 1024)
+    row = parameters(24, seed=seed)
+    want = sample_reference(x, row)[0]
+    monkeypatch.setattr(kernels, "_groups_kernel", Disturbed("group"))
+    assert torch.equal(kernels.sample(x, *row, filtered=False, return_logprobs=False)[0], want)
+    # A bound that is too small would not have seen it coming.
+    monkeypatch.setattr(kernels, "ERROR", tl.constexpr(kernels.ERROR.value / 1000))
+    assert not torch.equal(kernels.sample(x, *row, filtered=False, return_logprobs=False)[0], want)
+
+
+def test_a_share_that_falls_between_two_tokens_is_decided_by_the_exact_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    B, V = 12, 300
+    x = torch.randn(B, V, generator=torch.Generator().manual_seed(9)) * 4
+    masses = token_masses(x, x.amax(1, keepdim=True), parameters(B).scale).sort(1, descending=True).values.double()
+    reached = masses.cumsum(1)[:, 1] / masses.sum(1)  # by the first two tokens
+    row = parameters(B, seed=torch.arange(B), top_p=reached * (1 + torch.linspace(-1e-5, 1e-5, B).double()))
+    want = sample_reference(x, row)
+    monkeypatch.setattr(kernels, "_groups_kernel", Disturbed("row"))
+    assert all(torch.equal(a, b) for a, b in zip(want, kernels.sample(x, *row)))
+    monkeypatch.setattr(kernels, "ERROR", tl.constexpr(kernels.ERROR.value / 1000))
+    assert not torch.equal(want[1], kernels.sample(x, *row)[1])
+
+
+def test_any_number_of_groups_can_be_compared_by_exact_masses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ERROR", tl.constexpr(0.9))
+    compare_random_rows("triton", 2, 20, longest=5003)
 
 
 @pytest.mark.parametrize(("bad", "found"), [(math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "nothing but -inf")])
@@ -105,6 +234,8 @@ def test_registered_ops_pass_opcheck() -> None:
     x = torch.randn(2, 40)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fasttrain_interpreted.sample, (x, 0.8, 5, 0.9, 0.0, 1, 2), test_utils=tests)
+    arguments = (x, 0.8, 0, 1.0, 0.0, 1, 2, *[None] * 6)
+    torch.library.opcheck(torch.ops.fasttrain_interpreted.sample_tokens, arguments, test_utils=tests)
 
 
 def test_a_stride_beyond_two_to_the_31_is_computed_in_64_bits(tmp_path: Any) -> None:
