@@ -343,16 +343,16 @@ def _draw_kernel(logits, scales, min_masses, maxima, shares, cuts, survivor_mass
     share = tl.load(shares + row * G + groups, mask=groups < G, other=0.0)
     cut = row * 0
     about = _estimate(share, maximum, largest, scale)
-    high = about * (1.0 + ERROR)
-    low = tl.maximum(about * (1.0 - ERROR) - GROUP, 0.0)
     if FILTERED:
         cut = tl.load(cuts + row)
         survivors = tl.load(survivor_masses + row * G + groups, mask=(groups < G) & (cut > 0), other=0)
-        high = tl.where(cut > 0, survivors.to(tl.float64), high)
-        low = tl.where(cut > 0, survivors.to(tl.float64), low)
+        about = tl.where(cut > 0, survivors.to(tl.float64), about)
     noise = _noise(groups, 1, seed, position)
-    # Only a group that could win if its mass were the largest possible, and every other's the least possible, can win.
-    can_win = _quotient(noise, high) <= tl.min(_quotient(noise, low), 0)
+    # A group can win if its least possible quotient is below every other's largest possible one: 1 / (1 - ERROR) and
+    # less than half of ERROR for the 256 units, where there are 2^26 and more.
+    quotients = _quotient(noise, about)
+    most = tl.min(tl.where(about >= 67108864.0, quotients * (1.0 + 2.0 * ERROR), float("inf")), 0)
+    can_win = quotients * (1.0 - ERROR) <= most
     group = tl.minimum(tl.min(tl.where(can_win, groups, LAST_ID), 0), G - 1)
     if (tl.sum(can_win.to(tl.int32), 0) > 1) & (tl.abs(largest) < float("inf")):
         contender = group
