@@ -34,6 +34,7 @@ on its own: no fused multiply-add, no approximate reciprocal.
    A race, not one uniform against cumulated masses: when logits move by a rounding error (another batch size, another
    device) the winner changes with about the probability by which the distribution moved, however many tokens there are.
 6. logprob = f32((log2(f64(w)) - log2(f64(total))) * 0.6931471805599453), total over the last survivors; 0 for one.
+   Triton may estimate a total and then be off by up to 1e-4: the exact one of a row costs more than reading it.
 
 Shapes: B rows, V tokens, G = ceil(V / 256) groups.
 """
@@ -112,7 +113,7 @@ def sample(
         seed, position: at least 0; the key of the random numbers. A text uses its seed and the index of the new token.
             Each parameter is a number, or a (B,) tensor with one for each row.
         return_logprobs: also return the log-probability (natural, float32) of each token under the processed
-            distribution, that is after temperature and filters.
+            distribution, that is after temperature and filters; to 1e-4 where Triton runs, usually to 1e-6.
         impl: "auto", "reference", "cpp" (CPU) or "triton" (CUDA). Inside torch.compile pass seed and position as
             tensors: a number is a constant there, and every new one compiles again.
 
@@ -145,7 +146,7 @@ def sample(
         drawn = sample_reference(logits.detach(), row_parameters(logits.size(0), logits.device, given))
     else:
         interpreted = chosen == "triton" and logits.device.type == "cpu"
-        # The Triton kernels have a pass to save where nobody asks for log-probabilities.
+        # Triton's draw need not be as sure of a row's total where nobody asks for log-probabilities.
         name = "sample_rows" if chosen == "cpp" or return_logprobs else "sample_tokens"
         drawn = _run(logits, given, "fasttrain_interpreted" if interpreted else "fasttrain", name)
     return drawn if return_logprobs else drawn[0]

@@ -14,11 +14,16 @@ from fasttrain import ops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+TOLERANCE = {"triton": 1e-4}
+"""Of log-probabilities: where Triton estimates masses and no token depends on them. Elsewhere they are the reference's
+in every bit."""
+
+
 def assert_equal_to_the_reference(impl: str, x: Tensor, **options: Any) -> None:
-    """`impl` returns the reference's tokens and log-probabilities in every bit."""
+    """`impl` returns the reference's tokens, and its log-probabilities as nearly as promised."""
     want = ops.sample(x, impl="reference", return_logprobs=True, **options)
     got = ops.sample(x, impl=impl, return_logprobs=True, **options)
-    wrong = ((want[0] != got[0]) | (want[1] != got[1])).nonzero()[:, 0]
+    wrong = ((want[0] != got[0]) | ~((want[1] - got[1]).abs() <= TOLERANCE.get(impl, 0.0))).nonzero()[:, 0]
     if len(wrong):
         row = int(wrong[0])
         alone = {name: value[row].item() if isinstance(value, Tensor) else value for name, value in options.items()}
