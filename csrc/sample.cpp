@@ -99,29 +99,34 @@ class Crew {
   explicit Crew(std::int64_t size) : team(static_cast<int>(size)) {}
   std::int64_t size() const { return team.size(); }
 
-  // Runs `leader` on this thread; the others wait for its calls of run(). It must not throw.
+  // Once: runs `leader` on this thread; the others wait for its calls of run(). It must not throw.
   void led_by(const std::function<void()>& leader) {
     if (size() == 1) return leader();
     team.run([&](int i) {
       if (i != 0) return follow(i);
       leader();
-      task = nullptr;
-      team.barrier();
+      hand_out(nullptr);
     });
   }
   // Within the work of run(): nobody goes on before everybody is here.
   void meet() { team.barrier(); }
-  // Within `leader`: work(i) for every i < size(), all of them at once.
+  // Within `leader`: work(i) for every i < size(), all of them at once. It does not wait for the others to begin.
   void run(const std::function<void(std::int64_t)>& work) {
-    task = &work;
-    team.barrier();
+    hand_out(&work);
     work(0);
     team.barrier();
   }
 
  private:
+  void hand_out(const std::function<void(std::int64_t)>* next) {
+    task = next;
+    handed_out.fetch_add(1, std::memory_order_release);
+    handed_out.notify_all();
+  }
   void follow(int i) {
-    while (team.barrier(), task != nullptr) {
+    for (std::uint32_t seen = 0;; ++seen) {
+      ThreadTeam::wait_for_change(handed_out, seen);
+      if (task == nullptr) return;
       (*task)(i);
       team.barrier();
     }
@@ -129,6 +134,7 @@ class Crew {
 
   ThreadTeam team;
   const std::function<void(std::int64_t)>* task = nullptr;
+  std::atomic<std::uint32_t> handed_out{0};  // tasks so far, the last included
 };
 
 inline float element(const float* p) { return *p; }

@@ -2,9 +2,10 @@
 // inside namespaces fasttrain::{scalar,avx2,avx512} and therefore has no include guard. "Step n" is the specification's.
 //
 // A mass is at most 2^40 and has at most 24 significant bits, so a float holds it exactly, and float64 any sum of 2^12
-// of them: all arithmetic on masses is vector arithmetic without rounding. Nothing is sorted. A first pass leaves
-// the maximum of every group of ids; filters then look only at groups that can matter, gather the tokens that can
-// matter side by side, and narrow an interval of logits around the cut until it is one value.
+// of them: all arithmetic on masses is vector arithmetic without rounding. The row is not sorted. A first pass leaves
+// the maximum of every group of ids; filters then look only at groups that can matter, list the tokens that can
+// matter side by side, and narrow an interval of logits around the cut until it is one value. What is larger than the
+// listed tokens is only summed, and a list of few tokens is ranked at once.
 
 #include "sample_masses.h"
 #include "sample_race.h"

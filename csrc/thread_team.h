@@ -3,7 +3,7 @@
 // operations (`python -m bench.bench_generate --parts penalties`: there Python looks at the logits after each token).
 #pragma once
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <cstdint>
@@ -19,7 +19,9 @@
 
 namespace fasttrain {
 
-inline const pid_t kLoader = getpid();  // the process that loaded this library
+// Whether this process was forked after it had loaded this library, or whether that cannot be noted. Noted and not found
+// out by getpid(), which is a system call in every run.
+inline bool is_forked = pthread_atfork(nullptr, nullptr, [] { is_forked = true; }) != 0;
 
 class ThreadTeam {
  public:
@@ -31,10 +33,19 @@ class ThreadTeam {
 
   // Runs work(i) for every i < size(), all of them at once, and returns when all are done. `work` must not throw.
   void run(const std::function<void(int)>& work) {
-    if (getpid() != kLoader) return run_several(0, size_, work);  // after a fork PyTorch's threads are the parent's
+    if (is_forked) return run_several(0, size_, work);  // after a fork PyTorch's threads are the parent's
     torch::stable::parallel_for(0, size_, 1, [&](std::int64_t begin, std::int64_t end) {
       run_several(static_cast<int>(begin), static_cast<int>(end), work);
     });
+  }
+
+  // Returns when `value` is no longer `old`.
+  static void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
+    for (int i = 0; i < kSpins; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      pause();
+    }
+    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
   }
 
   // Inside `work`: nobody goes on before everybody is here.
@@ -65,14 +76,6 @@ class ThreadTeam {
 #if defined(__x86_64__)
     _mm_pause();
 #endif
-  }
-
-  static void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
-    for (int i = 0; i < kSpins; ++i) {
-      if (value.load(std::memory_order_acquire) != old) return;
-      pause();
-    }
-    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
   }
 
   const int size_;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,23 @@ def test_several_threads_at_one_row_find_what_is_not_finite() -> None:
                 ops.sample(row, impl="cpp")
     with pytest.raises(ValueError, match="nothing but -inf"):
         ops.sample(torch.full((1, LONG), -math.inf), impl="cpp")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_draws_without_its_parents_threads() -> None:
+    """Those of PyTorch's pool are not there after a fork, and who waits for them waits for ever."""
+    torch.set_num_threads(2)
+    row = long_row("normal")
+    want = ops.sample(row, seed=3, top_k=50, impl="cpp")
+    child = os.fork()
+    if child == 0:  # leaves by _exit whatever happens: pytest must not go on twice
+        status = 1
+        try:
+            signal.alarm(60)
+            status = 0 if torch.equal(ops.sample(row, seed=3, top_k=50, impl="cpp"), want) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced columns", "every other row", "expanded", "offset"])
