@@ -1,5 +1,5 @@
-// sample for CPUs: fasttrain::{sample,sample_rows}. The schemas and the specification stand in fasttrain/ops/sample.py; this file
-// validates, allocates, and gives rows to threads. A row needs no memory but its thread's scratch, which is kept.
+// sample for CPUs: fasttrain::sample and its variants. The schemas and the specification stand in fasttrain/ops/sample.py;
+// this file validates, allocates, and gives rows to threads. A row needs no memory but its thread's scratch, which is kept.
 
 // GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -214,7 +214,7 @@ struct Problem {
   Parameter<float> top_p, min_p;
   Parameter<std::int64_t> seed, position;
   std::int64_t* tokens;  // (B,)
-  float* logprobs;       // (B,)
+  float* logprobs;       // (B,), or null
   std::atomic<std::int64_t> bad_row;  // the first; B if there is none
 
   RowParameters parameters(std::int64_t row) const {
@@ -251,8 +251,9 @@ void draw_rows(Problem& problem, std::atomic<std::int64_t>& next, Crew& crew) {
       }
       ready = true;
     }
-    std::tie(problem.tokens[i], problem.logprobs[i]) =
-        row.draw(static_cast<std::uint64_t>(problem.seed[i]), static_cast<std::uint64_t>(problem.position[i]));
+    const auto [token, logprob] = row.draw(static_cast<std::uint64_t>(problem.seed[i]), static_cast<std::uint64_t>(problem.position[i]));
+    problem.tokens[i] = token;
+    if (problem.logprobs != nullptr) problem.logprobs[i] = logprob;
   }
 }
 
@@ -309,11 +310,14 @@ Tensor empty_vector(std::int64_t size, std::int32_t dtype) {
   return Tensor(handle);
 }
 
-std::tuple<Tensor, Tensor> sample_rows(const Tensor& logits, double temperature, std::int64_t top_k, double top_p,
-                                       double min_p, std::int64_t seed, std::int64_t position,
-                                       const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks,
-                                       const std::optional<Tensor>& top_ps, const std::optional<Tensor>& min_ps,
-                                       const std::optional<Tensor>& seeds, const std::optional<Tensor>& positions) {
+// Tensors that take the place of the numbers, where they are given.
+struct RowTensors {
+  std::optional<Tensor> temperatures, top_ks, top_ps, min_ps, seeds, positions;
+};
+
+// The tokens, and into `logprobs`, which may be null, their log-probabilities.
+Tensor draw_all(const Tensor& logits, const SampleSettings& numbers, std::int64_t seed, std::int64_t position, const RowTensors& given,
+                std::optional<Tensor>* logprobs) {
   const ScalarType dtype = logits.scalar_type();
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "sample: logits must be (B, V) with at least one token");
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
@@ -321,26 +325,57 @@ std::tuple<Tensor, Tensor> sample_rows(const Tensor& logits, double temperature,
   const std::int64_t B = logits.size(0), V = logits.size(1);
   STD_TORCH_CHECK(V == 1 || logits.stride(1) == 1, "sample: logits' last dimension must be contiguous");
   STD_TORCH_CHECK(V <= std::numeric_limits<std::int32_t>::max(), "sample: logits have ", V, " tokens; ids must fit in 32 bits");
-  const float temperature32 = static_cast<float>(temperature);
-  STD_TORCH_CHECK(temperature32 > 0 || !(temperature > 0), "sample: temperature is ", temperature, ", which is 0 in float32");
-  Tensor tokens = empty_vector(B, aoti_torch_dtype_int64()), logprobs = empty_vector(B, aoti_torch_dtype_float32());
+  Tensor tokens = empty_vector(B, aoti_torch_dtype_int64());
+  if (logprobs != nullptr) *logprobs = empty_vector(B, aoti_torch_dtype_float32());
   Problem p{B, V, logits.stride(0), logits.const_data_ptr(),
-            {"temperature", temperature32, temperatures, B}, {"top_k", top_k, top_ks, B},
-            {"top_p", static_cast<float>(top_p), top_ps, B}, {"min_p", static_cast<float>(min_p), min_ps, B},
-            {"seed", seed, seeds, B}, {"position", position, positions, B},
-            tokens.mutable_data_ptr<std::int64_t>(), logprobs.mutable_data_ptr<float>(), B};
+            {"temperature", numbers.temperature, given.temperatures, B}, {"top_k", numbers.top_k, given.top_ks, B},
+            {"top_p", numbers.top_p, given.top_ps, B}, {"min_p", numbers.min_p, given.min_ps, B},
+            {"seed", seed, given.seeds, B}, {"position", position, given.positions, B},
+            tokens.mutable_data_ptr<std::int64_t>(), logprobs != nullptr ? (*logprobs)->mutable_data_ptr<float>() : nullptr, B};
   p.temperature.check(B, 0, std::numeric_limits<float>::max());
   for (const auto* whole : {&p.top_k, &p.seed, &p.position}) whole->check(B, 0, std::numeric_limits<std::int64_t>::max());
   for (const auto* share : {&p.top_p, &p.min_p}) share->check(B, 0, 1);
   run(p, dtype);
-  return {tokens, logprobs};
+  return tokens;
+}
+
+SampleSettings settings_of(double temperature, std::int64_t top_k, double top_p, double min_p) {
+  const SampleSettings settings{static_cast<float>(temperature), top_k, static_cast<float>(top_p), static_cast<float>(min_p)};
+  STD_TORCH_CHECK(settings.temperature > 0 || !(temperature > 0), "sample: temperature is ", temperature, ", which is 0 in float32");
+  return settings;
+}
+
+std::tuple<Tensor, Tensor> sample_rows(const Tensor& logits, double temperature, std::int64_t top_k, double top_p,
+                                       double min_p, std::int64_t seed, std::int64_t position,
+                                       const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks,
+                                       const std::optional<Tensor>& top_ps, const std::optional<Tensor>& min_ps,
+                                       const std::optional<Tensor>& seeds, const std::optional<Tensor>& positions) {
+  std::optional<Tensor> logprobs;
+  const RowTensors given{temperatures, top_ks, top_ps, min_ps, seeds, positions};
+  Tensor tokens = draw_all(logits, settings_of(temperature, top_k, top_p, min_p), seed, position, given, &logprobs);
+  return {tokens, *logprobs};
 }
 
 // The same with one number for all rows. Its own op because reading six absent tensors costs as much as a small row.
 std::tuple<Tensor, Tensor> sample(const Tensor& logits, double temperature, std::int64_t top_k, double top_p, double min_p,
                                   std::int64_t seed, std::int64_t position) {
-  const std::optional<Tensor> none;
-  return sample_rows(logits, temperature, top_k, top_p, min_p, seed, position, none, none, none, none, none, none);
+  std::optional<Tensor> logprobs;
+  Tensor tokens = draw_all(logits, settings_of(temperature, top_k, top_p, min_p), seed, position, {}, &logprobs);
+  return {tokens, *logprobs};
+}
+
+// Both without log-probabilities, which decoding does not ask for and which would be a tensor more to make.
+Tensor sample_tokens(const Tensor& logits, double temperature, std::int64_t top_k, double top_p, double min_p, std::int64_t seed,
+                     std::int64_t position, const std::optional<Tensor>& temperatures, const std::optional<Tensor>& top_ks,
+                     const std::optional<Tensor>& top_ps, const std::optional<Tensor>& min_ps,
+                     const std::optional<Tensor>& seeds, const std::optional<Tensor>& positions) {
+  const RowTensors given{temperatures, top_ks, top_ps, min_ps, seeds, positions};
+  return draw_all(logits, settings_of(temperature, top_k, top_p, min_p), seed, position, given, nullptr);
+}
+
+Tensor sample_tokens_by_numbers(const Tensor& logits, double temperature, std::int64_t top_k, double top_p, double min_p,
+                                std::int64_t seed, std::int64_t position) {
+  return draw_all(logits, settings_of(temperature, top_k, top_p, min_p), seed, position, {}, nullptr);
 }
 
 }  // namespace
@@ -359,4 +394,6 @@ std::int64_t draw_token(const float* logits, std::int64_t V, const SampleSetting
 STABLE_TORCH_LIBRARY_IMPL(fasttrain, CPU, m) {
   m.impl("sample", TORCH_BOX(&fasttrain::sample));
   m.impl("sample_rows", TORCH_BOX(&fasttrain::sample_rows));
+  m.impl("sample_tokens", TORCH_BOX(&fasttrain::sample_tokens));
+  m.impl("sample_tokens_by_numbers", TORCH_BOX(&fasttrain::sample_tokens_by_numbers));
 }

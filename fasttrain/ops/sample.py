@@ -131,11 +131,10 @@ def sample(
     if (impl == "auto" and _CPP_IS_AUTO and logits.is_cpu and not logits.requires_grad and logits.numel()
             and _PLAIN.issuperset(kinds)):
         try:
-            drawn: tuple[Tensor, Tensor] = _SAMPLE(logits, temperature, top_k, top_p, min_p, seed, position)
+            op = _SAMPLE if return_logprobs else _SAMPLE_TOKENS
+            return op(logits, temperature, top_k, top_p, min_p, seed, position)  # type: ignore[no-any-return]
         except (RuntimeError, TypeError, OverflowError):
             pass
-        else:
-            return drawn if return_logprobs else drawn[0]
     if logits.dim() != 2 or logits.size(1) == 0:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be (B, V) with at least one token")
     if not logits.is_floating_point():
@@ -144,15 +143,14 @@ def sample(
     chosen = resolve("sample", impl, logits)
     if chosen == "reference":
         drawn = sample_reference(logits.detach(), row_parameters(logits.size(0), logits.device, given))
-    else:
-        interpreted = chosen == "triton" and logits.device.type == "cpu"
-        # Triton's draw need not be as sure of a row's total where nobody asks for log-probabilities.
-        name = "sample_rows" if chosen == "cpp" or return_logprobs else "sample_tokens"
-        drawn = _run(logits, given, "fasttrain_interpreted" if interpreted else "fasttrain", name)
-    return drawn if return_logprobs else drawn[0]
+        return drawn if return_logprobs else drawn[0]
+    interpreted = chosen == "triton" and logits.device.type == "cpu"
+    return _run(logits, given, "fasttrain_interpreted" if interpreted else "fasttrain", return_logprobs)
 
 
-def _run(logits: Tensor, given: dict[str, Any], namespace: str, name: str) -> tuple[Tensor, Tensor]:
+def _run(
+    logits: Tensor, given: dict[str, Any], namespace: str, return_logprobs: bool
+) -> Tensor | tuple[Tensor, Tensor]:
     """The compiled kernels. They check their arguments, faster than it is done here; this finds out what is wrong."""
     if logits.requires_grad:
         logits = logits.detach()
@@ -160,12 +158,14 @@ def _run(logits: Tensor, given: dict[str, Any], namespace: str, name: str) -> tu
         logits = logits.float()
     if logits.size(0) == 0:  # no row would look at its parameters
         row_parameters(0, logits.device, given)
-        return logits.new_empty(0, dtype=torch.int64), logits.new_empty(0, dtype=torch.float32)
+        return _fake(logits, return_logprobs=return_logprobs)
     if logits.stride(1) != 1 and logits.size(1) > 1:
         logits = logits.contiguous()
     try:
         numbers, tensors = _kernel_arguments(logits, given)
-        return getattr(getattr(torch.ops, namespace), name)(logits, *numbers, *tensors)  # type: ignore[no-any-return]
+        # Nobody pays for log-probabilities that nobody asked for: here a tensor, on CUDA a pass over the logits.
+        op = getattr(getattr(torch.ops, namespace), "sample_rows" if return_logprobs else "sample_tokens")
+        return op(logits, *numbers, *tensors)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, OverflowError):
         row_parameters(logits.size(0), logits.device, given)
         check_rows(logits.float(), 0)
@@ -341,12 +341,12 @@ _NUMBERS = "Tensor logits, float temperature, int top_k, float top_p, float min_
 _ROWS = "Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seeds, Tensor? positions"
 
 
-def _fake(logits: Tensor, *_: Any, return_logprobs: bool = True) -> tuple[Tensor, Tensor]:
-    rows = logits.size(0)
-    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows * return_logprobs, dtype=torch.float32)
+def _fake(logits: Tensor, *_: Any, return_logprobs: bool) -> Tensor | tuple[Tensor, Tensor]:
+    tokens = logits.new_empty(logits.size(0), dtype=torch.int64)
+    return (tokens, logits.new_empty(logits.size(0), dtype=torch.float32)) if return_logprobs else tokens
 
 
-def _launch(logits: Tensor, *values: Any, return_logprobs: bool = True) -> tuple[Tensor, Tensor]:
+def _launch(logits: Tensor, *values: Any, return_logprobs: bool) -> Tensor | tuple[Tensor, Tensor]:
     from ..kernels import sample as kernels  # triton is imported by the first call that needs it
 
     numbers, tensors = values[:6], values[6:] or (None,) * 6
@@ -358,7 +358,7 @@ def _launch(logits: Tensor, *values: Any, return_logprobs: bool = True) -> tuple
     tokens, logprobs = kernels.sample(logits, *parameters, filtered=filtered, return_logprobs=return_logprobs)
     if bool((tokens < 0).any()):  # waits for the device: a token that is none must not be used
         check_rows(logits.float(), 0)
-    return tokens, logprobs
+    return (tokens, logprobs) if return_logprobs else tokens
 
 
 def _register(namespace: str, triton_device: str) -> Any:
@@ -366,10 +366,11 @@ def _register(namespace: str, triton_device: str) -> Any:
     library.define(f"sample({_NUMBERS}) -> (Tensor, Tensor)")
     # A parameter given as a tensor (B,), float32 or int64, takes the place of the number.
     library.define(f"sample_rows({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
-    # The same without log-probabilities, which come back empty.
-    library.define(f"sample_tokens({_NUMBERS}, {_ROWS}) -> (Tensor, Tensor)")
-    for name, logprobs in (("sample", True), ("sample_rows", True), ("sample_tokens", False)):
-        fake, launch = (functools.partial(f, return_logprobs=logprobs) for f in (_fake, _launch))
+    # Both without log-probabilities.
+    library.define(f"sample_tokens({_NUMBERS}, {_ROWS}) -> Tensor")
+    library.define(f"sample_tokens_by_numbers({_NUMBERS}) -> Tensor")
+    for name in ("sample", "sample_rows", "sample_tokens", "sample_tokens_by_numbers"):
+        fake, launch = (functools.partial(f, return_logprobs="tokens" not in name) for f in (_fake, _launch))
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         library.impl(name, launch, triton_device)
     return library
@@ -380,6 +381,7 @@ _LIBRARIES = [_register("fasttrain", triton_device="CUDA")]
 if TRITON_INTERPRETED:
     _LIBRARIES.append(_register("fasttrain_interpreted", triton_device="CPU"))
 
-_SAMPLE = torch.ops.fasttrain.sample.default  # looked up once: a lookup costs a tenth of a small call
+# Looked up once: a lookup costs a tenth of a small call.
+_SAMPLE, _SAMPLE_TOKENS = torch.ops.fasttrain.sample.default, torch.ops.fasttrain.sample_tokens_by_numbers.default
 _CPP_IS_AUTO = FORCED_IMPL == "auto" and not CPP_PROBLEM
 _PLAIN = frozenset({int, float})

@@ -105,6 +105,18 @@ def test_any_row_of_floats(data: st.DataObject) -> None:
     assert_equal_to_the_reference("cpp", torch.tensor([row]), **options)
 
 
+@pytest.mark.parametrize("seed", [4, torch.tensor([4, 5, 6])], ids=["numbers", "rows"])
+def test_tokens_are_the_same_without_log_probabilities_which_are_not_made(seed: int | Tensor) -> None:
+    x = torch.randn(3, 5000, generator=torch.Generator().manual_seed(3)) * 3
+    for options in FILTERS:
+        with_them, _ = ops.sample(x, seed=seed, return_logprobs=True, **options)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            tokens = ops.sample(x, seed=seed, **options)
+        assert torch.equal(tokens, with_them)
+        made = [event.self_cpu_memory_usage for event in profile.key_averages() if event.key.startswith("fasttrain::")]
+        assert made == [tokens.nbytes]
+
+
 def test_the_number_of_threads_changes_nothing() -> None:
     x = torch.randn(23, 20_000, generator=torch.Generator().manual_seed(1)) * 3
     results = []
@@ -292,9 +304,11 @@ def test_nan_is_found_in_every_place(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_registered_ops_pass_opcheck(dtype: torch.dtype) -> None:
     x = torch.randn(3, 40).to(dtype)
-    torch.library.opcheck(torch.ops.fasttrain.sample, (x, 0.8, 5, 0.9, 0.0, 1, 2))
     rows = (torch.rand(3), None, None, torch.rand(3), torch.arange(3), torch.arange(3))
-    torch.library.opcheck(torch.ops.fasttrain.sample_rows, (x, 1.0, 5, 0.9, 0.0, 1, 2, *rows))
+    for op in (torch.ops.fasttrain.sample, torch.ops.fasttrain.sample_tokens_by_numbers):
+        torch.library.opcheck(op, (x, 0.8, 5, 0.9, 0.0, 1, 2))
+    for op in (torch.ops.fasttrain.sample_rows, torch.ops.fasttrain.sample_tokens):
+        torch.library.opcheck(op, (x, 1.0, 5, 0.9, 0.0, 1, 2, *rows))
 
 
 def test_compiles_without_a_graph_break() -> None:
