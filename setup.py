@@ -68,7 +68,11 @@ def extension_arguments() -> dict:
         sources=sources,
         depends=headers,
         # Target 2.10: one build serves every later torch. BuildExtension reads MAX_JOBS.
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("TORCH_STABLE_ONLY", None)],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            ("TORCH_STABLE_ONLY", None),
+            *([("FASTTRAIN_SANITIZED", None)] if SANITIZE else []),  # csrc/inlining.h
+        ],
         extra_compile_args={"cxx": flags + (["-march=native"] if NATIVE else [])},
         extra_link_args=link_flags if sys.platform == "linux" else [],
     )

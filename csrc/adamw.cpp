@@ -32,11 +32,9 @@
 #include "adamw.h"
 #include "adamw_lanes.h"
 #include "half_types.h"
+#include "inlining.h"
 #include "isa.h"
 #include "words.h"
-
-// What runs once for each 64 elements: a call costs its constants anew.
-#define FASTTRAIN_INLINE inline __attribute__((always_inline))
 
 namespace fasttrain {
 namespace {

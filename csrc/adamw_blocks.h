@@ -135,7 +135,7 @@ inline void run_block(const Factors& factors, const Philox& philox, std::int64_t
         wide_g[i] = widen(g[unit + i]);
       }
     }
-#pragma GCC unroll 2
+    FASTTRAIN_UNROLL(2)
     for (int i = 0; i < kUnit; i += kLanes) {
       Floats moment1, moment2;
       if constexpr (kCoded) {
@@ -157,7 +157,7 @@ inline void run_block(const Factors& factors, const Philox& philox, std::int64_t
       }
     }
     // Apart from the roots: both in one chain would be longer than a processor looks ahead, and it would wait.
-#pragma GCC unroll 2
+    FASTTRAIN_UNROLL(2)
     for (int i = 0; i < kUnit; i += kLanes)
       store(unit_p + i, stepped(load<Floats>(unit_p + i), load<Floats>(m + unit + i), load<Floats>(roots + i), f));
     for (int i = unit; i < unit + kUnit; ++i) {

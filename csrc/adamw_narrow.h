@@ -165,10 +165,10 @@ FASTTRAIN_INLINE void encode_block(const float* __restrict m, const float* __res
   const Scale<255> of_v(largest_v);
   Codes least_m = ~Codes{}, least_v = ~Codes{};
   for (int unit = 0; unit < kBlock; unit += 2 * kPairs)
-#pragma GCC unroll 4
+    FASTTRAIN_UNROLL(4)
     for (int at = 0; at < 2 * kPairs; at += 4 * kLanes) {
       Bits x[4], y[4];
-#pragma GCC unroll 4
+      FASTTRAIN_UNROLL(4)
       for (int i = 0; i < 4; ++i) {
         const int element = at + i * kLanes;
         const Bits word = load<Bits>(random + word_of(unit) + element % kPairs);

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "inlining.h"
 #include "isa.h"
 
 #include "simd_scalar.h"

@@ -32,23 +32,23 @@ constexpr int kStepBytes = kPanel * 4;
 // Adds a group's products of the n-th quad of each step. The quads come one after the other, with the group in the L1
 // cache: together, their factors and the sums would not fit the registers.
 template <class F, int M, int P, bool kFetch, int kQuad>
-inline __attribute__((always_inline)) void quad_products(const unsigned char* at, const unsigned char* w, std::size_t panel_bytes,
-                                                         const unsigned char*& inputs, std::int64_t count, Quads (&sum)[M][P * kVecs]) {
+FASTTRAIN_INLINE void quad_products(const unsigned char* at, const unsigned char* w, std::size_t panel_bytes,
+                                    const unsigned char*& inputs, std::int64_t count, Quads (&sum)[M][P * kVecs]) {
   constexpr int kLines = kStepBytes / 64;
   for (int step = 0; step < F::kGroup / F::kStep; ++step, at += kStepBytes, inputs += count * 4) {
     if constexpr (kFetch) {
       std::size_t ahead = at - w + kPrefetchBytes;
       if (P > 1 && ahead >= panel_bytes) ahead += (P - 1) * panel_bytes;  // the panels beside are being read already
-#pragma GCC unroll 8
+      FASTTRAIN_UNROLL(8)
       for (int line = 0; line < P * kLines; ++line) __builtin_prefetch(w + line / kLines * panel_bytes + ahead + line % kLines * 64);
     }
     Quads weight[P * kVecs];
-#pragma GCC unroll 64
+    FASTTRAIN_UNROLL(64)
     for (int v = 0; v < P * kVecs; ++v) weight[v] = F::template factors<kQuad>(Quads::load(at + (v / kVecs) * panel_bytes + v % kVecs * 4 * Vec::width));
-#pragma GCC unroll 16
+    FASTTRAIN_UNROLL(16)
     for (int m = 0; m < M; ++m) {
       const Quads input = Quads::spread(inputs + m * 4);
-#pragma GCC unroll 64
+      FASTTRAIN_UNROLL(64)
       for (int v = 0; v < P * kVecs; ++v) sum[m][v] = PairProducts::plus(sum[m][v], weight[v], input);
     }
   }
@@ -62,16 +62,16 @@ void integer_tile(const Matrix& matrix, std::int64_t panel, const RowBlock& x, s
   const bfloat16* scales = matrix.scales.get<bfloat16>() + panel * matrix.panel_scales;
   const unsigned char* inputs = x.values + row * 4;
   Vec total[M][kPanelVecs];
-#pragma GCC unroll 16
+  FASTTRAIN_UNROLL(16)
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 64
+    FASTTRAIN_UNROLL(64)
     for (int v = 0; v < kPanelVecs; ++v) total[m][v] = Vec::set(0);
   for (std::int64_t group = 0; group * F::kGroup < matrix.padded_inputs; ++group) {
     const std::int64_t first = group * x.count + row;
     Quads sum[M][kPanelVecs];
-#pragma GCC unroll 16
+    FASTTRAIN_UNROLL(16)
     for (int m = 0; m < M; ++m)
-#pragma GCC unroll 64
+      FASTTRAIN_UNROLL(64)
       for (int v = 0; v < kPanelVecs; ++v) sum[m][v] = Quads::set(x.offsets[first + m]);
     const unsigned char* at = w + group * (F::kGroup / F::kStep) * kStepBytes;
     quad_products<F, M, P, kFetch, 0>(at, w, matrix.panel_bytes, inputs, x.count, sum);
@@ -80,20 +80,20 @@ void integer_tile(const Matrix& matrix, std::int64_t panel, const RowBlock& x, s
       quad_products<F, M, P, false, 2>(at, w, matrix.panel_bytes, inputs, x.count, sum);
       quad_products<F, M, P, false, 3>(at, w, matrix.panel_bytes, inputs, x.count, sum);
     }
-#pragma GCC unroll 64
+    FASTTRAIN_UNROLL(64)
     for (int v = 0; v < kPanelVecs; ++v) {
       const bfloat16* of_group = scales + (v / kVecs) * matrix.panel_scales + group * (F::kMinima ? 2 : 1) * kPanel + (v % kVecs) * Vec::width;
       const Vec scale = Vec::load(of_group);
-#pragma GCC unroll 16
+      FASTTRAIN_UNROLL(16)
       for (int m = 0; m < M; ++m) {
         total[m][v] = Vec::fma(sum[m][v].to_float() * Vec::set(x.scales[first + m]), scale, total[m][v]);
         if constexpr (F::kMinima) total[m][v] = Vec::fma(Vec::set(x.sums[first + m]), Vec::load(of_group + kPanel), total[m][v]);
       }
     }
   }
-#pragma GCC unroll 16
+  FASTTRAIN_UNROLL(16)
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 64
+    FASTTRAIN_UNROLL(64)
     for (int v = 0; v < kPanelVecs; ++v) {
       float* to = y + m * ldy + v * Vec::width;
       (add_to ? Vec::load(to) + total[m][v] : total[m][v]).store(to);
@@ -109,14 +109,14 @@ static_assert(kRowBlock % kGroupRows == 0);
 
 // sum (M, kGroupVecs) += the products of one step with the n-th quad of its inputs.
 template <class F, int M, int kQuad>
-inline __attribute__((always_inline)) void step_products(const unsigned char* at, const unsigned char* inputs, Quads (&sum)[M][kGroupVecs]) {
+FASTTRAIN_INLINE void step_products(const unsigned char* at, const unsigned char* inputs, Quads (&sum)[M][kGroupVecs]) {
   Quads weight[kGroupVecs];
-#pragma GCC unroll 8
+  FASTTRAIN_UNROLL(8)
   for (int v = 0; v < kGroupVecs; ++v) weight[v] = F::template factors<kQuad>(Quads::load(at + v * 4 * Vec::width));
-#pragma GCC unroll 8
+  FASTTRAIN_UNROLL(8)
   for (int m = 0; m < M; ++m) {
     const Quads input = Quads::spread(inputs + m * 4);
-#pragma GCC unroll 8
+    FASTTRAIN_UNROLL(8)
     for (int v = 0; v < kGroupVecs; ++v) sum[m][v] = PairProducts::plus(sum[m][v], weight[v], input);
   }
 }
@@ -127,11 +127,11 @@ void group_tile(const unsigned char* at, const bfloat16* scales, const unsigned 
   constexpr int kSteps = F::kGroup / F::kStep;
   const std::int64_t stride = x.count * 4, quad = kSteps * stride;
   Quads sum[M][kGroupVecs];
-#pragma GCC unroll 8
+  FASTTRAIN_UNROLL(8)
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+    FASTTRAIN_UNROLL(8)
     for (int v = 0; v < kGroupVecs; ++v) sum[m][v] = Quads::set(x.offsets[first + m]);
-#pragma GCC unroll 1
+  FASTTRAIN_UNROLL(1)
   for (int step = 0; step < kSteps; ++step, at += kStepBytes, inputs += stride) {
     step_products<F, M, 0>(at, inputs, sum);
     step_products<F, M, 1>(at, inputs + quad, sum);
@@ -140,10 +140,10 @@ void group_tile(const unsigned char* at, const bfloat16* scales, const unsigned 
       step_products<F, M, 3>(at, inputs + 3 * quad, sum);
     }
   }
-#pragma GCC unroll 8
+  FASTTRAIN_UNROLL(8)
   for (int v = 0; v < kGroupVecs; ++v) {
     const Vec scale = Vec::load(scales + v * Vec::width);
-#pragma GCC unroll 8
+    FASTTRAIN_UNROLL(8)
     for (int m = 0; m < M; ++m) {
       float* to = total + m * kPanel + v * Vec::width;
       Vec t = Vec::fma(sum[m][v].to_float() * Vec::set(x.scales[first + m]), scale, Vec::load(to));

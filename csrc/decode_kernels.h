@@ -39,33 +39,33 @@ void tile(const unsigned char* w, std::size_t panel_bytes, std::int64_t inputs, 
           bool add) {
   constexpr int kLines = kPanel * F::kBytes * F::kStep / 64;  // of the cache, in a step
   Vec total[M][P * kVecs];
-#pragma GCC unroll 16
+  FASTTRAIN_UNROLL(16)
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 64
+    FASTTRAIN_UNROLL(64)
     for (int v = 0; v < P * kVecs; ++v) total[m][v] = Vec::set(0);
   for (std::int64_t k = 0; k < inputs; k += F::kStep) {
     if constexpr (kFetch) {
       std::size_t ahead = k * kPanel * F::kBytes + kPrefetchBytes;
       if (P > 1 && ahead >= panel_bytes) ahead += (P - 1) * panel_bytes;  // the panels beside are being read already
-#pragma GCC unroll 8
+      FASTTRAIN_UNROLL(8)
       for (int line = 0; line < P * kLines; ++line) __builtin_prefetch(w + line / kLines * panel_bytes + ahead + line % kLines * 64);
     }
     Vec weight[P * kVecs][F::kStep];
-#pragma GCC unroll 64
+    FASTTRAIN_UNROLL(64)
     for (int v = 0; v < P * kVecs; ++v) F::load(w + (v / kVecs) * panel_bytes, k, v % kVecs, weight[v]);
-#pragma GCC unroll 2
+    FASTTRAIN_UNROLL(2)
     for (int s = 0; s < F::kStep; ++s) {
-#pragma GCC unroll 16
+      FASTTRAIN_UNROLL(16)
       for (int m = 0; m < M; ++m) {
         const Vec input = Vec::set(x[m * ldx + k + s]);
-#pragma GCC unroll 64
+        FASTTRAIN_UNROLL(64)
         for (int v = 0; v < P * kVecs; ++v) total[m][v] = Vec::fma(weight[v][s], input, total[m][v]);
       }
     }
   }
-#pragma GCC unroll 16
+  FASTTRAIN_UNROLL(16)
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 64
+    FASTTRAIN_UNROLL(64)
     for (int v = 0; v < P * kVecs; ++v) {
       float* to = y + m * ldy + v * Vec::width;
       (add ? Vec::load(to) + total[m][v] : total[m][v]).store(to);
@@ -91,33 +91,33 @@ constexpr int kTallRows = 6;
 
 // total (M, kPanel) += M rows times V vectors of `depth` inputs. Fetches what is `ahead`, `pace` bytes for two vectors.
 template <class F, int M, int V>
-inline __attribute__((always_inline)) void depth_tile(const unsigned char* w, std::int64_t depth, const float* x, std::ptrdiff_t ldx, float* total,
-                                                      const unsigned char* ahead, std::int64_t pace) {
+FASTTRAIN_INLINE void depth_tile(const unsigned char* w, std::int64_t depth, const float* x, std::ptrdiff_t ldx, float* total,
+                                 const unsigned char* ahead, std::int64_t pace) {
   Vec sum[M][V];
-#pragma GCC unroll 8
+  FASTTRAIN_UNROLL(8)
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+    FASTTRAIN_UNROLL(8)
     for (int v = 0; v < V; ++v) sum[m][v] = Vec::load(total + m * kPanel + v * Vec::width);
-#pragma GCC unroll 1
+  FASTTRAIN_UNROLL(1)
   for (std::int64_t k = 0; k < depth; k += F::kStep) {
-#pragma GCC unroll 8
+    FASTTRAIN_UNROLL(8)
     for (int v = 0; v < V; v += 2, ahead += pace) __builtin_prefetch(ahead);
     Vec weight[V][F::kStep];
-#pragma GCC unroll 8
+    FASTTRAIN_UNROLL(8)
     for (int v = 0; v < V; ++v) F::load(w, k, v, weight[v]);
-#pragma GCC unroll 2
+    FASTTRAIN_UNROLL(2)
     for (int s = 0; s < F::kStep; ++s) {
-#pragma GCC unroll 8
+      FASTTRAIN_UNROLL(8)
       for (int m = 0; m < M; ++m) {
         const Vec input = Vec::set(x[m * ldx + k + s]);
-#pragma GCC unroll 8
+        FASTTRAIN_UNROLL(8)
         for (int v = 0; v < V; ++v) sum[m][v] = Vec::fma(weight[v][s], input, sum[m][v]);
       }
     }
   }
-#pragma GCC unroll 8
+  FASTTRAIN_UNROLL(8)
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+    FASTTRAIN_UNROLL(8)
     for (int v = 0; v < V; ++v) sum[m][v].store(total + m * kPanel + v * Vec::width);
 }
 

@@ -23,11 +23,11 @@ inline void multiply_tile(std::int64_t depth, const float* a, const float* b, co
   const bool whole = to.rows == kTileRows && to.columns == kTileColumns;
   if (whole)
     for (std::int64_t i = 0; i < kTileRows; ++i) __builtin_prefetch(to.c + i * to.stride, 1);
-#pragma GCC unroll 6
+  FASTTRAIN_UNROLL(6)
   for (int i = 0; i < kTileRows; ++i) tile[i][0] = tile[i][1] = Vec::set(0);
   for (std::int64_t k = 0; k < depth; ++k, a += kTileRows, b += kTileColumns) {
     const Vec b0 = Vec::load(b), b1 = Vec::load(b + Vec::width);
-#pragma GCC unroll 6
+    FASTTRAIN_UNROLL(6)
     for (int i = 0; i < kTileRows; ++i) {
       const Vec factor = Vec::set(a[i]);
       tile[i][0] = Vec::fma(factor, b0, tile[i][0]);
@@ -37,7 +37,7 @@ inline void multiply_tile(std::int64_t depth, const float* a, const float* b, co
   if (whole) {
     const Vec bias0 = to.bias == nullptr ? Vec::set(0) : Vec::load(to.bias);
     const Vec bias1 = to.bias == nullptr ? Vec::set(0) : Vec::load(to.bias + Vec::width);
-#pragma GCC unroll 6
+    FASTTRAIN_UNROLL(6)
     for (int i = 0; i < kTileRows; ++i) {
       float* c = to.c + i * to.stride;
       tile[i][0] = tile[i][0] + (to.add ? Vec::load(c) : bias0);
@@ -48,7 +48,7 @@ inline void multiply_tile(std::int64_t depth, const float* a, const float* b, co
     return;
   }
   float values[kTileRows][kTileColumns];
-#pragma GCC unroll 6
+  FASTTRAIN_UNROLL(6)
   for (int i = 0; i < kTileRows; ++i) tile[i][0].store(values[i]), tile[i][1].store(values[i] + Vec::width);
   for (std::int64_t i = 0; i < to.rows; ++i)
     for (std::int64_t j = 0; j < to.columns; ++j) {

@@ -17,6 +17,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "inlining.h"
 #include "isa.h"
 
 namespace fasttrain {
