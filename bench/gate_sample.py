@@ -117,7 +117,7 @@ def _pass(dtype: str, groups: int, warps: int, name: str) -> Subject:
 
 
 def _list(dtype: str) -> Subject:
-    """The pass over the groups that matter, here nearly all: of its entries, 8 bytes for those tokens that may stay."""
+    """The pass over the groups that matter, here all, and its entries: 8 bytes a token, or a pair of 16 bits."""
     B, V = SAMPLE_RUN
     size = ELEMENT_SIZES[dtype]
     return Subject(
@@ -128,7 +128,7 @@ def _list(dtype: str) -> Subject:
         run=counted(lambda: _run_sample(dtype, top_p=0.9)),
         units=B * V,
         minimum=size,
-        most=8.1 / (1 if size == 4 else 2),
+        most=3 * size + 0.1,
         modelled=16 * 128256,
         from_cache=True,
         wide_share=0.0,

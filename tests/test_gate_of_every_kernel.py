@@ -25,7 +25,7 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 def test_every_kernel_is_a_subject() -> None:
-    launched = {name for path in KERNELS.glob("*.py") for name in re.findall(r"(_\w+_kernel)\[", path.read_text())}
+    launched = {name for path in KERNELS.glob("*.py") for name in re.findall(r"(\w+_kernel)\[", path.read_text())}
     assert launched == {subject.kernel for subject in SUBJECTS}
 
 
