@@ -94,7 +94,8 @@ def cut_options(dtype: str) -> dict[str, Any]:
     from fasttrain.kernels import sample as kernels
 
     element = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
-    return {"BLOCK": kernels.CUT_BLOCK, "element": element, "num_warps": kernels.CUT_WARPS}
+    launch = {"num_warps": kernels.CUT_WARPS, "max_registers": kernels.MAX_REGISTERS}
+    return {"BLOCK": kernels.CUT_BLOCK, "element": element, **launch}
 
 
 def _pass(dtype: str, groups: int, warps: int, name: str) -> Subject:

@@ -40,7 +40,7 @@ from .sample_masses import (
 BLOCK: tl.constexpr = tl.constexpr(128)  # of tokens, where a draw has to look at all of a row
 LIST_GROUPS = {2: 8, 4: 4}  # that a warp of 32 lists, by bytes of a logit
 CUT_BLOCK, CUT_WARPS = 512, 8
-MAX_REGISTERS = 168  # of a draw: left alone, the compiler spills some to fit more programs
+MAX_REGISTERS = 168  # of a cut or a draw: left alone, the compiler spills some to fit more programs
 
 
 @triton.jit
@@ -260,7 +260,8 @@ def _filter(logits: Tensor, scale: Tensor, top_k: Tensor, top_p: Tensor, min_mas
         GROUPS=per_list, THREADS=threads, **options(1))
     cuts_kernel[(B,)](maxima, scale, bounds, estimates, num_entries, entries, top_k, top_p, min_mass, cuts,
                       doubtful_cuts, reached, survivors, doubtful, V, G, capacity, BLOCK=CUT_BLOCK, PADDED_G=padded,
-                      element=getattr(tl, str(logits.dtype).removeprefix("torch.")), **options(CUT_WARPS))
+                      element=getattr(tl, str(logits.dtype).removeprefix("torch.")),
+                      **options(CUT_WARPS, MAX_REGISTERS))
     return (bounds, num_entries, entries, cuts, doubtful_cuts, reached, survivors, doubtful), capacity
 
 
@@ -272,5 +273,5 @@ def _check(logits: Tensor) -> None:
         raise ValueError(f"logits are {logits.dtype}; the Triton kernels take float32, bfloat16 and float16")
     if logits.stride(1) != 1 and logits.size(1) > 1:
         raise ValueError(f"logits have strides {logits.stride()}; the Triton kernels take contiguous rows")
-    if logits.size(1) >= 2**31:
-        raise ValueError(f"logits have {logits.size(1)} tokens; an id must fit in 31 bits")
+    if logits.size(1) > 2**30:
+        raise ValueError(f"logits have {logits.size(1)} tokens; the Triton kernels take up to 2^30")

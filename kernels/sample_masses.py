@@ -20,8 +20,8 @@ ERROR: tl.constexpr = tl.constexpr(2.0**-16)
 """An estimated mass W of n tokens is within W * ERROR + n of the exact one. Relative errors, with u = 2^-24, of tokens
 from -42 up (below, both are less than the one unit that rounding down a mass may take): exp2's argument is off by 2
 roundings of at most 42 in step 1 and one of at most 74 in the estimate, 158 u ln 2 = 6.5e-6; two exp2 by 4.8e-7 each
-(twice what PTX promises), step 1's polynomial by 5e-7; the sum by 35 roundings in whatever order, 2.1e-6. Together
-1.01e-5, and 2^-16 = 1.53e-5."""
+(twice what PTX promises), step 1's polynomial by 1.1e-7; the sum by 35 roundings in whatever order, 2.1e-6. Together
+9.7e-6, and 2^-16 = 1.53e-5."""
 
 
 @triton.jit

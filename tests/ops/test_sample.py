@@ -235,6 +235,17 @@ def test_draws_follow_the_float64_probabilities_at_a_real_vocabulary_size(sample
 
 
 @pytest.mark.slow
+def test_a_mass_is_within_its_polynomials_bound_for_every_argument() -> None:
+    """All float32 in (-1, -2^-28]: f of any other argument is among theirs."""
+    for octave in range(1, 29):
+        bits = torch.arange((127 - octave) << 23, (128 - octave) << 23, dtype=torch.int32)
+        t = -bits.view(torch.float32)
+        got = token_masses(t[None], torch.zeros(1, 1), torch.ones(1))[0].double()
+        want = torch.exp2(t.double() + 40)
+        assert float(((got - want).abs() / want).max()) <= 1.1e-7
+
+
+@pytest.mark.slow
 @needs_extension
 @pytest.mark.parametrize("name", FILTERS)
 def test_a_million_draws_follow_the_float64_probabilities(name: str) -> None:

@@ -95,7 +95,8 @@ def test_machine_code_of_every_variant_is_clean(dtype: str, target: str) -> None
             for logprobs in (False, True):
                 assert_clean(compile_draw(dtype, target, padded, filtered, logprobs))
         assert_cuts_are_clean(dtype, target, padded)
-        assert_clean(compile_sample("bounds_kernel", "fp32", target, PADDED_G=padded))
+        if padded > 1:  # one group has no element-wise access to count
+            assert_clean(compile_sample("bounds_kernel", "fp32", target, PADDED_G=padded))
     assert_clean(compile_list(dtype, target))
 
 
