@@ -32,6 +32,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # The C++ built with the address and undefined-behaviour sanitizers, aside, and the tests of ops and decoder on it.
+# pytest's own script: under `python -m pytest` this folder, with the usual build, would come before PYTHONPATH.
 sanitize: $(STAMP)
 	FASTTRAIN_SANITIZE=1 FASTTRAIN_BUILD=require $(BIN)/python setup.py -q build --build-base build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
